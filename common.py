@@ -1,0 +1,590 @@
+"""What the scripts share and what is no algorithm: models, prompts, data, sampling, rewards, runs.
+
+    python common.py --adapter tiny/sft --prompt "Explain quantum computing to a 10-year-old."
+
+generates, so that one can talk to what was trained.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import lora
+
+TINY = Path(__file__).parent / "tiny"
+datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+
+def fail(message):
+    """Ends the program with one line on stderr and exit code 2."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ------------------------------------------------------------------------------ flags
+
+
+def whole(text):
+    """argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+def amount(text):
+    """argparse type: a finite number of at least 0."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+    return float(text)
+
+
+def flags(doc, steps, batch_size, lr):
+    """A parser with the flags that every training script has; lr is (with --model tiny, else)."""
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.error = fail
+    add = p.add_argument
+    add("--model", default="tiny", help="tiny, Hugging Face id, folder or file.gguf (tiny)")
+    add("--adapter", help="folder of the LoRA to start from, or none (tiny: what tiny/ ships)")
+    add("--data", help="hub id[:split], .jsonl, .json, .csv, .parquet or folder (tiny: tiny/)")
+    add("--out", help="folder of the run (runs/<script>, or the next free runs/<script>-2 ...)")
+    add("--steps", type=whole, default=steps, help=f"optimizer steps ({steps})")
+    add("--batch-size", type=whole, default=batch_size, help=f"rows a step ({batch_size})")
+    add("--micro-batch-size", type=whole, help="rows a forward pass (all)")
+    add("--lr", type=amount, default=lr, help=f"peak learning rate (tiny: {lr[0]}, else {lr[1]})")
+    add("--seed", type=int, default=0, help="of everything random (0)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the base (auto: bf16 on cuda)")
+    add("--lora-rank", type=whole, default=16, help="r of a new adapter (16)")
+    add("--lora-alpha", type=amount, default=32.0, help="alpha of a new adapter (32)")
+    add("--lora-targets", default="auto", help="layers, comma-separated; all-linear; auto: query and value")
+    add("--max-length", type=whole, default=1024, help="tokens of prompt + response (1024)")
+    add("--eval-size", type=whole, default=128, help="held-out rows to measure on (128)")
+    add("--save-every", type=whole, help="steps between saved adapters (only at the end)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    return p
+
+
+def defaults(args, adapter, data):
+    """Fills in --adapter and --data: with --model tiny the shipped ones, else none."""
+    tiny = args.model == "tiny"
+    if args.adapter is None and tiny and adapter:
+        args.adapter = str(TINY / adapter)
+    if args.adapter == "none":
+        args.adapter = None
+    if args.data is None and not tiny:
+        fail(f"--model {args.model} needs --data: a hub id, a file or a folder")
+    args.data = args.data or str(TINY / data)
+    args.lr = args.lr[0 if tiny else 1] if isinstance(args.lr, tuple) else args.lr
+    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
+    if args.batch_size % args.micro_batch_size:
+        fail(f"--batch-size {args.batch_size} is not a multiple of "
+             f"--micro-batch-size {args.micro_batch_size}")
+
+
+# ------------------------------------------------------------------------------ model, tokenizer
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def device_and_dtype(args):
+    device = args.device
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if (device == "cuda" and not torch.cuda.is_available()) or (
+        device == "mps" and not torch.backends.mps.is_available()
+    ):
+        fail(f"--device {device} is not available here; use --device cpu")
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device == "cuda")
+    return device, torch.bfloat16 if bf16 else torch.float32
+
+
+def load_pretrained(auto, name, args, dtype, **extra):
+    """auto.from_pretrained for a hub id, a folder or a .gguf file; safetensors only, no pickle."""
+    extra["trust_remote_code"] = args.trust_remote_code
+    if str(name).endswith(".gguf"):
+        if not Path(name).is_file():
+            fail(f"--model {name}: no such file")
+        name, extra["gguf_file"] = Path(name).parent, Path(name).name
+    if auto is not AutoTokenizer:
+        extra |= dict(dtype=dtype, use_safetensors=True)
+    try:
+        return auto.from_pretrained(name, **extra)
+    except (OSError, ValueError, ImportError, KeyError) as problem:
+        reason = str(problem).strip().split("\n")[0]
+        fail(f"cannot load the model {name} ({reason}); give 'tiny', a folder, a .gguf or a hub id")
+
+
+def load_model(args):
+    """(model, tokenizer). The model is in eval mode and stays there: dropout, which GPT-2's config
+    ships at .1, would make two log-probabilities of the same token differ."""
+    device, dtype = device_and_dtype(args)
+    name = TINY / "model" if args.model in ("tiny", "tiny/model") else args.model
+    tokenizer = load_pretrained(AutoTokenizer, name, args, dtype)
+    model = load_pretrained(AutoModelForCausalLM, name, args, dtype).to(device).eval()
+    model.name_or_path = "tiny/model" if name == TINY / "model" else str(name)
+    return model, tokenizer
+
+
+def load_adapter(model, name, folder, trainable=False):
+    """lora.load_adapter, with what is wrong with the folder said in one line."""
+    try:
+        lora.load_adapter(model, name, folder, trainable)
+    except (FileNotFoundError, ValueError) as problem:
+        fail(f"{problem}; give a folder that a script here or peft wrote")
+
+
+def start_adapter(model, name, args):
+    """Adds the trainable adapter `name`: --adapter if given, else a new one of the LoRA flags."""
+    if args.adapter:
+        return load_adapter(model, name, args.adapter, trainable=True)
+    targets = args.lora_targets
+    if targets == "auto":
+        leaves = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+        options = (["q_proj", "v_proj"], ["query_key_value"], ["qkv_proj"], ["c_attn"], "all-linear")
+        targets = next(o for o in options if o == "all-linear" or leaves.issuperset(o))
+    elif targets != "all-linear":
+        targets = targets.split(",")
+    try:
+        lora.add_adapter(model, name, args.lora_rank, args.lora_alpha, targets=targets)
+    except ValueError as problem:
+        fail(f"--lora-targets: {problem}")
+
+
+def stop_ids(model, tokenizer):
+    """The tokens that end a response: the tokenizer's and the generation config's."""
+    eos = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, end_of_turn(tokenizer), *(eos if isinstance(eos, list) else [eos])}
+    return sorted(ids - {None})
+
+
+def end_of_turn(tokenizer):
+    """The token that closes an answer: what the chat template puts there, else EOS."""
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "@@"}]
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("@@")[2]
+        for i in tokenizer(tail, add_special_tokens=False).input_ids:
+            if i in tokenizer.all_special_ids:
+                return i
+    return tokenizer.eos_token_id
+
+
+# ------------------------------------------------------------------------------ text to tokens
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt (a string, or a list of messages), ready for the answer: by the
+    model's chat template, or as `User: ...` and `Assistant: `."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False).input_ids
+    text = "".join(f"{t['role'].capitalize()}: {t['content']}\n\n" for t in turns) + "Assistant: "
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
+
+
+def encode_pair(tokenizer, prompt, response, max_length):
+    """(prompt ids, response ids with the end of turn), tokenized apart so that no token spans the
+    boundary. A long prompt loses its beginning; None where the response alone does not fit: cut
+    short, it would teach stopping in mid-sentence."""
+    p = encode_prompt(tokenizer, prompt)
+    r = tokenizer(response, add_special_tokens=False).input_ids + [end_of_turn(tokenizer)]
+    room = max_length - len(r)
+    return (p[-room:], r) if room > 0 else None
+
+
+def pad(sequences, side, device):
+    """(ids, attention mask), both [B, T]. The mask comes from the lengths, so the padding id is
+    never looked at and any will do."""
+    T = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), T, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, s in enumerate(sequences):
+        where = slice(T - len(s), T) if side == "left" else slice(0, len(s))
+        ids[i, where], mask[i, where] = torch.tensor(s), 1
+    return ids.to(device), mask.to(device)
+
+
+def show(prompt):
+    """A prompt as one string: itself, or the text of its messages."""
+    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+
+
+# ------------------------------------------------------------------------------ forward passes
+
+
+def inputs(ids, attention):
+    """Arguments of a forward pass. With left padding the positions must be counted from the first
+    real token: models with learned positions (GPT-2) would otherwise shift by the padding."""
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    return dict(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
+
+
+def response_logits(model, ids, attention, R):
+    """Logits [B, R, V] that predict the last R tokens of ids [B, T]: position t-1 predicts t."""
+    return model(**inputs(ids, attention), logits_to_keep=R + 1).logits[:, :-1]
+
+
+def hidden_states(model, ids, attention):
+    """What the output head and the scalar heads read: [B, T, d]."""
+    return model.base_model(**inputs(ids, attention)).last_hidden_state
+
+
+def response_values(model, name, ids, attention, R):
+    """V_t [B, R] by the head of adapter `name`, read at the state before each of the last R tokens."""
+    with lora.use_adapter(model, name):
+        hidden = hidden_states(model, ids, attention)[:, -R - 1 : -1]
+    return model.heads[name](hidden.float()).squeeze(-1)
+
+
+def sequence_scores(model, name, ids, attention):
+    """The score [B] of each sequence by the head of adapter `name`, read at the last real token."""
+    with lora.use_adapter(model, name):
+        hidden = hidden_states(model, ids, attention)
+    last = (attention * torch.arange(ids.shape[1], device=ids.device)).argmax(1)
+    hidden = hidden[torch.arange(len(ids), device=ids.device), last]
+    return model.heads[name](hidden.float()).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------ sampling
+
+
+@torch.no_grad()
+def sample(model, prompts, stop, max_new_tokens, temperature=1.0, generator=None):
+    """Samples one response to each list of prompt ids, from softmax(logits / temperature) and
+    nothing else: no top-k, top-p or penalty, whatever the model's generation_config says, because
+    the log-probabilities computed later know of none. temperature 0 is greedy.
+
+    Returns ids [B, P+R] (prompts padded on the left), attention [B, P+R], and mask [B, R]: 1.0 on
+    the response up to and including its first stop token."""
+    ids, attention = pad(prompts, "left", model.device)
+    P, tokens, cache = ids.shape[1], ids, None
+    stop = torch.tensor(stop, device=ids.device)
+    alive = torch.ones(len(prompts), 1, dtype=torch.bool, device=ids.device)
+    for _ in range(max_new_tokens):
+        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        out = model(input_ids=tokens, attention_mask=attention, position_ids=positions,
+                    past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits, cache = out.logits[:, -1].float(), out.past_key_values
+        if temperature == 0:
+            tokens = logits.argmax(-1, keepdim=True)
+        else:
+            probs = (logits / temperature).softmax(-1)
+            tokens = torch.multinomial(probs, 1, generator=generator)
+        tokens = tokens.masked_fill(~alive, 0)
+        ids = torch.cat([ids, tokens], 1)
+        attention = torch.cat([attention, alive.long()], 1)
+        alive = alive & ~torch.isin(tokens, stop)
+        if not alive.any():
+            break
+    return ids, attention, attention[:, P:].float()
+
+
+def decode(tokenizer, ids, mask):
+    """The texts of responses ids [B, R], without padding and without special tokens."""
+    rows = [row[: int(n)] for row, n in zip(ids.tolist(), mask.sum(1))]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def answer(model, tokenizer, prompts, max_new_tokens, temperature=0.0, generator=None, chunk=64):
+    """(texts, stopped by themselves: list of bool) for a list of prompts."""
+    texts, stopped, stop = [], [], stop_ids(model, tokenizer)
+    for i in range(0, len(prompts), chunk):
+        encoded = [encode_prompt(tokenizer, p) for p in prompts[i : i + chunk]]
+        ids, _, mask = sample(model, encoded, stop, max_new_tokens, temperature, generator)
+        ids = ids[:, -mask.shape[1] :]
+        texts += decode(tokenizer, ids, mask)
+        stopped += ended(ids, mask, stop).tolist()
+    return texts, stopped
+
+
+def ended(ids, mask, stop):
+    """[B] bool: whether the last real token of each response ids [B, R] is a stop token."""
+    last = ids.gather(1, (mask.sum(1, keepdim=True) - 1).long()).squeeze(1)
+    return torch.isin(last, torch.tensor(stop, device=ids.device))
+
+
+# ------------------------------------------------------------------------------ data
+
+ACCEPTED = (
+    "instruction[, context or input] with response or output; prompt, completion; messages; "
+    "prompt, chosen, rejected; chosen, rejected; prompt alone"
+)
+
+
+def dialogue(text):
+    """The messages of an Anthropic-HH string (Human: ... Assistant: ...), or None."""
+    parts = re.split(r"\n\n(Human|Assistant): ?", text)
+    if len(parts) < 3 or parts[0]:
+        return None
+    role = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": role[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2])]
+
+
+def parse_row(row):
+    """{prompt[, response][, chosen, rejected]} of a data row, by its columns; None if unknown.
+
+    A prompt is a string, or the list of messages before the answer."""
+    row = {key: value for key, value in row.items() if value is not None}
+    if {"chosen", "rejected"} <= row.keys():
+        pair = {}
+        for side in ("chosen", "rejected"):
+            turns = row[side]
+            turns = dialogue(turns) if isinstance(turns, str) and "prompt" not in row else turns
+            if isinstance(turns, list) and turns:
+                *pair["prompt"], last = turns
+                pair[side] = last["content"]
+            else:
+                pair[side] = turns
+        pair["prompt"] = row.get("prompt", pair.get("prompt"))
+        return pair if all(pair.values()) else None
+    if row.get("messages"):
+        *prompt, last = row["messages"]
+        if last["role"] == "assistant" and prompt:
+            return {"prompt": prompt, "response": last["content"]}
+        return {"prompt": row["messages"]}
+    prompt, context = row.get("prompt", row.get("instruction")), row.get("context", row.get("input"))
+    if not prompt:
+        return None
+    if context and "instruction" in row:
+        prompt = f"{prompt}\n\n{context}"
+    answers = [row[key] for key in ("response", "output", "completion") if key in row]
+    return {"prompt": prompt, "response": answers[0]} if answers else {"prompt": prompt}
+
+
+def read_data(spec):
+    """{split: rows} of a hub id[:split], a data file, or a folder that `datasets` saved."""
+    path = Path(spec)
+    builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    if builder and not path.is_file():
+        fail(f"--data {spec}: no such file")
+    try:
+        if builder:
+            data = datasets.load_dataset(builder, data_files=str(path), split="train")
+        elif path.is_dir():
+            data = datasets.load_from_disk(str(path))
+        else:
+            name, _, split = spec.partition(":")
+            data = datasets.load_dataset(name, split=split or None)
+    except Exception as problem:  # datasets, pyarrow and the hub each raise their own kinds
+        fail(f"cannot read --data {spec} ({str(problem).strip().split(chr(10))[0]}); give a hub "
+             "id[:split], a .jsonl, .json, .csv or .parquet file, or a folder that datasets saved")
+    return dict(data) if isinstance(data, dict) else {"train": data}
+
+
+def load_data(spec, need):
+    """(train rows, held-out rows) of --data; each is the data row with prompt, response, chosen and
+    rejected filled in where it has them. `need`: the names a script cannot do without.
+
+    Held out is a split named test or validation, else the rows whose column `split` says test,
+    else one row in twenty by the hash of its prompt, which never moves."""
+    splits = read_data(spec)
+    found = []
+    for split, rows in splits.items():
+        for row in rows:
+            parsed = parse_row(row)
+            if parsed is None or not set(need) <= parsed.keys():
+                columns = ", ".join(rows.column_names)
+                fail(f"--data {spec}: {', '.join(need)} cannot be read from a row with the columns "
+                     f"{columns}; accepted: {ACCEPTED}")
+            found.append({**row, **parsed, "split": row.get("split") or split})
+    if not any(row["split"] in ("test", "validation") for row in found):
+        for row in found:
+            digest = hashlib.sha1(json.dumps(row["prompt"]).encode()).digest()
+            row["split"] = "test" if digest[0] * 20 < 256 else "train"
+    train = [row for row in found if row["split"] not in ("test", "validation")]
+    test = [row for row in found if row["split"] in ("test", "validation")]
+    if not train or not test:
+        fail(f"--data {spec}: {len(train)} rows to train on and {len(test)} held out; both are "
+             "needed: give more rows, or a column `split` that says train or test")
+    return train, test
+
+
+def take(rows, n, seed=0):
+    """At most n of the rows, the same ones every time."""
+    return random.Random(seed).sample(rows, min(n, len(rows)))
+
+
+def batches(n, batch_size, seed):
+    """Endless lists of batch_size row numbers below n, shuffled anew each time through."""
+    generator = torch.Generator().manual_seed(seed)
+    queue = []
+    while True:
+        while len(queue) < batch_size:
+            queue += torch.randperm(n, generator=generator).tolist()
+        yield queue[:batch_size]
+        del queue[:batch_size]
+
+
+# ------------------------------------------------------------------------------ rewards
+
+
+def load_reward(spec, model, tokenizer, args):
+    """The reward of --reward as a function of (ids, attention, prompts, responses, rows) -> [B].
+
+    A folder that reward_model.py wrote on the same base becomes the adapter "reward" of `model` and
+    scores the sampled ids; any other folder or hub id is an AutoModelForSequenceClassification with
+    its own tokenizer; file.py:function sees the texts."""
+    if ".py:" in spec:
+        return function_reward(spec)
+    config = Path(spec) / "adapter_config.json"
+    if config.is_file():
+        base = json.loads(config.read_text())["base_model_name_or_path"]
+        if base != model.name_or_path:
+            fail(f"--reward {spec} belongs to the model {base}, not to {model.name_or_path}; "
+                 "merge it into a model of its own, or train one on this base")
+        load_adapter(model, "reward", spec)
+        if "reward" not in getattr(model, "heads", {}):
+            fail(f"--reward {spec} has no scalar head; give what reward_model.py wrote")
+        return lambda ids, attention, prompts, responses, rows: sequence_scores(
+            model, "reward", ids, attention)
+    if Path(spec).exists() and not (Path(spec) / "config.json").is_file():
+        fail(f"--reward {spec} holds neither an adapter nor a model")
+    reader = load_pretrained(AutoTokenizer, spec, args, None)
+    other = load_pretrained(AutoModelForSequenceClassification, spec, args, model.dtype, num_labels=1)
+    other.to(model.device).eval()
+
+    def reward(ids, attention, prompts, responses, rows):
+        texts = zip(prompts, responses)
+        pairs = [encode_pair(reader, p, r, args.max_length) or ([], [0]) for p, r in texts]
+        ids, attention = pad([p + r for p, r in pairs], "right", model.device)
+        hidden = other.base_model(**inputs(ids, attention)).last_hidden_state
+        return other.score(hidden[torch.arange(len(ids)), attention.sum(1) - 1]).squeeze(-1).float()
+
+    return reward
+
+
+def function_reward(spec):
+    """function(prompts, responses, rows) -> list of floats, of file.py:function."""
+    file, _, name = spec.rpartition(":")
+    if not Path(file).is_file():
+        fail(f"--reward {spec}: no such file {file}")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("reward", file))
+    try:
+        module.__spec__.loader.exec_module(module)
+    except Exception as problem:
+        fail(f"--reward {file} does not run: {type(problem).__name__}: {problem}")
+    function = getattr(module, name, None)
+    if not callable(function):
+        fail(f"--reward {file} has no function {name}")
+
+    def reward(ids, attention, prompts, responses, rows):
+        scores = function([show(p) for p in prompts], responses, rows)
+        try:
+            scores = torch.tensor([float(s) for s in scores], device=ids.device)
+        except (TypeError, ValueError) as problem:
+            fail(f"--reward {spec} must return a list of numbers ({problem})")
+        if len(scores) != len(responses):
+            fail(f"--reward {spec} returned {len(scores)} scores for {len(responses)} responses")
+        if not scores.isfinite().all():
+            at = (~scores.isfinite()).nonzero()[0].item()
+            fail(f"--reward {spec} returned {scores[at]} for the response {responses[at][:60]!r}")
+        return scores
+
+    return reward
+
+
+# ------------------------------------------------------------------------------ runs
+
+
+def free_folder(args, script):
+    """The folder of the run, not made yet: --out, or the next free runs/<script>."""
+    if args.out:
+        out = Path(args.out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            fail(f"--out {out} exists; nothing is overwritten: name a new folder")
+        return out
+    names = (f"runs/{script}" + (f"-{i}" if i > 1 else "") for i in range(1, sys.maxsize))
+    return next(Path(name) for name in names if not Path(name).exists())
+
+
+def start_run(out, args):
+    """Makes the folder of the run and writes config.json: all flags, and the versions."""
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    config = {**vars(args), "python": sys.version.split()[0], **versions}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def append(path, row):
+    """Adds one JSON object to a .jsonl file."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def rounded(row):
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+
+
+def learning_rate(step, steps, peak, warmup=0.0):
+    """Linear warm-up over the share `warmup` of the steps, then linear decay to 0."""
+    up = max(1, round(warmup * steps)) if warmup else 0
+    return peak * ((step + 1) / up if step < up else (steps - step) / max(1, steps - up))
+
+
+def print_table(title, rows):
+    """Prints {name: (before, after)} as a small table."""
+    print(f"\n{title:28} {'before':>10} {'after':>10}")
+    for name, (before, after) in rows.items():
+        print(f"{name:28} {before:10.3f} {after:10.3f}")
+
+
+def print_samples(rows):
+    """Prints [(prompt, {label: response})]."""
+    for prompt, responses in rows:
+        print(f"\n> {show(prompt)}")
+        for label, response in responses.items():
+            print(f"  {label:8} {response}")
+
+
+# ------------------------------------------------------------------------------ command
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = fail
+    p.add_argument("--model", default="tiny", help="tiny, Hugging Face id, folder or file.gguf (tiny)")
+    p.add_argument("--adapter", help="folder of an adapter (none: the bare base)")
+    p.add_argument("--prompt", required=True)
+    p.add_argument("--max-new-tokens", type=whole, default=128, help="tokens (128)")
+    p.add_argument("--temperature", type=amount, default=0.7, help="0 takes the likeliest token (0.7)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
+    p.add_argument("--trust-remote-code", action="store_true")
+    args = p.parse_args()
+    seed_everything(args.seed)
+    model, tokenizer = load_model(args)
+    name = None
+    if args.adapter and args.adapter != "none":
+        name = "adapter"
+        load_adapter(model, name, args.adapter)
+    with lora.use_adapter(model, name):
+        texts, _ = answer(model, tokenizer, [args.prompt], args.max_new_tokens, args.temperature)
+    print(texts[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Judges policies and reward models of the tiny world by the hidden preference, from outside.
+
+    python tiny/judge.py runs/ppo runs/ppo-2       adapters beside the SFT model they started from
+    python tiny/judge.py --best-of 64              what picking the best of 64 SFT samples reaches
+    python tiny/judge.py --probe                   does the reward model see each flaw?
+
+All on the held-out prompts, sampled at temperature 1. Columns: gold (mean gold_score), on topic
+(share that answers the question asked, and nothing else), stops (share that ends by itself),
+score (reward model), KL (to the SFT model, nats per response), top answer (the largest share that
+one answer has among the first 100), tokens.
+"""
+
+import argparse
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common  # noqa: E402
+import lora  # noqa: E402
+import ppo  # noqa: E402
+from tiny import world  # noqa: E402
+
+
+def held_out():
+    return [row for row in world.prompts() if row["split"] == "test"]
+
+
+def judge(adapter, args, each=1):
+    """(statistics, [(prompt, response)]) of one adapter; with each > 1 also the best of each."""
+    policy = ppo.parse_args(["--adapter", args.sft, "--reward", args.reward, "--seed", str(args.seed)])
+    common.seed_everything(args.seed)
+    model, tokenizer = common.load_model(policy)
+    common.load_adapter(model, "policy", adapter)
+    common.load_adapter(model, "reference", args.sft)
+    reward = common.load_reward(args.reward, model, tokenizer, policy)
+    generator = torch.Generator().manual_seed(args.seed)
+    prompts = held_out()
+    random.Random(args.seed).shuffle(prompts)
+    rows = [row for row in prompts[: args.prompts] for _ in range(each)]
+    parts = [ppo.rollout(model, tokenizer, rows[i : i + 128], reward, generator, policy)
+             for i in range(0, len(rows), 128)]
+    texts = [t for part in parts for t in part["responses"]]
+    score = torch.cat([part["score"] for part in parts])
+    pairs = [(row["prompt"], text) for row, text in zip(rows, texts)]
+    gold = torch.tensor([world.gold_score(*pair) for pair in pairs])
+
+    def mean(key):
+        weights = [len(part["score"]) for part in parts]
+        return sum(part["stats"][key] * w for part, w in zip(parts, weights)) / len(rows)
+
+    stats = {
+        "gold": gold.mean().item(),
+        "on topic": sum(world.on_topic(*pair) for pair in pairs) / len(pairs),
+        "stops": mean("eos_rate"), "score": score.mean().item(), "score sd": score.std().item(),
+        "KL": mean("kl"), "tokens": mean("length"),
+        "top answer": Counter(texts[: 100 * each : each]).most_common(1)[0][1] / len(texts[: 100 * each : each]),
+    }
+    if each > 1:
+        stats["best by gold"] = gold.view(-1, each).max(1).values.mean().item()
+        picked = score.view(-1, each).argmax(1, keepdim=True)
+        stats["best by score"] = gold.view(-1, each).gather(1, picked).mean().item()
+    return stats, pairs
+
+
+def probe(args):
+    """For each flaw, how often the reward model puts a clean friendly answer above a damaged copy."""
+    policy = ppo.parse_args(["--reward", args.reward])
+    model, tokenizer = common.load_model(policy)
+    reward = common.load_reward(args.reward, model, tokenizer, policy)
+    rng, wins = random.Random(args.seed), {}
+
+    @torch.no_grad()
+    def scores(prompts, responses):
+        pairs = [common.encode_pair(tokenizer, p, r, 512) for p, r in zip(prompts, responses)]
+        ids, attention = common.pad([p + r for p, r in pairs], "right", model.device)
+        return reward(ids, attention, prompts, responses, None)
+
+    rows = held_out()
+    for name, flaw in world.FLAWS.items():
+        clean = [world.compose(row["topic"], "friendly", rng) for row in rows]
+        damaged = [flaw(answer, row["topic"], rng) for answer, row in zip(clean, rows)]
+        prompts = [row["prompt"] for row in rows]
+        a, b = (scores(prompts, [" ".join(s) for s in side]) for side in (clean, damaged))
+        wins[name] = (a > b).float().mean().item()
+    return wins
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = common.fail
+    p.add_argument("adapters", nargs="*", help="folders of trained policies")
+    p.add_argument("--sft", default=str(common.TINY / "sft"), help="where they started from (tiny/sft)")
+    p.add_argument("--reward", default=str(common.TINY / "reward_model"), help="(tiny/reward_model)")
+    p.add_argument("--prompts", type=common.whole, default=384, help="held-out prompts to use (384, all)")
+    p.add_argument("--best-of", type=common.whole, default=1, help="samples a prompt of the SFT model (1)")
+    p.add_argument("--samples", type=int, default=0, help="answers to print of each (0)")
+    p.add_argument("--probe", action="store_true", help="only the reward model's table of flaws")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    if args.probe:
+        print(f"{'flaw':16} the clean answer wins")
+        for name, share in probe(args).items():
+            print(f"{name:16} {share:6.1%}")
+        return
+    for adapter in [args.sft, *args.adapters]:
+        stats, pairs = judge(adapter, args, args.best_of if adapter == args.sft else 1)
+        print(f"{adapter}\n   " + "  ".join(f"{key} {value:.3f}" for key, value in stats.items()))
+        for prompt, response in pairs[: args.samples]:
+            print(f"   > {prompt}\n     {response}")
+
+
+if __name__ == "__main__":
+    main()
