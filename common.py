@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -20,7 +19,9 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache,
+)
 
 import lora
 
@@ -53,6 +54,13 @@ def amount(text):
     return float(text)
 
 
+def seed(text):
+    """argparse type: an integer that numpy takes as a seed."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**32 - 1")
+    return int(text)
+
+
 def flags(doc, steps, batch_size, lr):
     """A parser with the flags that every training script has; lr is (with --model tiny, else)."""
     p = argparse.ArgumentParser(
@@ -68,12 +76,12 @@ def flags(doc, steps, batch_size, lr):
     add("--batch-size", type=whole, default=batch_size, help=f"rows a step ({batch_size})")
     add("--micro-batch-size", type=whole, help="rows a forward pass (all)")
     add("--lr", type=amount, default=lr, help=f"peak learning rate (tiny: {lr[0]}, else {lr[1]})")
-    add("--seed", type=int, default=0, help="of everything random (0)")
+    add("--seed", type=seed, default=0, help="of everything random (0)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the base (auto: bf16 on cuda)")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda")
     add("--lora-rank", type=whole, default=16, help="r of a new adapter (16)")
     add("--lora-alpha", type=amount, default=32.0, help="alpha of a new adapter (32)")
-    add("--lora-targets", default="auto", help="layers, comma-separated; all-linear; auto: query and value")
+    add("--lora-targets", default="auto", help="comma-separated; all-linear; auto: query, value")
     add("--max-length", type=whole, default=1024, help="tokens of prompt + response (1024)")
     add("--eval-size", type=whole, default=128, help="held-out rows to measure on (128)")
     add("--save-every", type=whole, help="steps between saved adapters (only at the end)")
@@ -96,6 +104,13 @@ def defaults(args, adapter, data):
     if args.batch_size % args.micro_batch_size:
         fail(f"--batch-size {args.batch_size} is not a multiple of "
              f"--micro-batch-size {args.micro_batch_size}")
+    check_room(args)
+
+
+def check_room(args):
+    if getattr(args, "max_new_tokens", 0) >= args.max_length:
+        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in a length of "
+             f"{args.max_length} (--max-length, or what the model can read)")
 
 
 # ------------------------------------------------------------------------------ model, tokenizer
@@ -122,7 +137,7 @@ def device_and_dtype(args):
 
 def load_pretrained(auto, name, args, dtype, **extra):
     """auto.from_pretrained for a hub id, a folder or a .gguf file; safetensors only, no pickle."""
-    extra["trust_remote_code"] = args.trust_remote_code
+    extra["trust_remote_code"], given = args.trust_remote_code, name
     if str(name).endswith(".gguf"):
         if not Path(name).is_file():
             fail(f"--model {name}: no such file")
@@ -133,7 +148,7 @@ def load_pretrained(auto, name, args, dtype, **extra):
         return auto.from_pretrained(name, **extra)
     except (OSError, ValueError, ImportError, KeyError) as problem:
         reason = str(problem).strip().split("\n")[0]
-        fail(f"cannot load the model {name} ({reason}); give 'tiny', a folder, a .gguf or a hub id")
+        fail(f"cannot load the model {given} ({reason}); give tiny, a folder, a .gguf or a hub id")
 
 
 def load_model(args):
@@ -144,6 +159,12 @@ def load_model(args):
     tokenizer = load_pretrained(AutoTokenizer, name, args, dtype)
     model = load_pretrained(AutoModelForCausalLM, name, args, dtype).to(device).eval()
     model.name_or_path = "tiny/model" if name == TINY / "model" else str(name)
+    if hasattr(args, "max_length"):
+        positions = getattr(model.config, "max_position_embeddings", None) or args.max_length
+        args.max_length = min(args.max_length, positions)
+        check_room(args)
+    if end_of_turn(tokenizer) is None:
+        fail(f"the tokenizer of {args.model} has no EOS token: an answer could not end")
     return model, tokenizer
 
 
@@ -155,6 +176,15 @@ def load_adapter(model, name, folder, trainable=False):
         fail(f"{problem}; give a folder that a script here or peft wrote")
 
 
+def adapter_base(folder):
+    """The model that the adapter in `folder` belongs to."""
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        return config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as problem:
+        fail(f"{folder} holds no adapter: adapter_config.json cannot be read ({problem!r})")
+
+
 def start_adapter(model, name, args):
     """Adds the trainable adapter `name`: --adapter if given, else a new one of the LoRA flags."""
     if args.adapter:
@@ -162,8 +192,8 @@ def start_adapter(model, name, args):
     targets = args.lora_targets
     if targets == "auto":
         leaves = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-        options = (["q_proj", "v_proj"], ["query_key_value"], ["qkv_proj"], ["c_attn"], "all-linear")
-        targets = next(o for o in options if o == "all-linear" or leaves.issuperset(o))
+        named = (["q_proj", "v_proj"], ["query_key_value"], ["qkv_proj"], ["c_attn"])
+        targets = next((t for t in named if leaves.issuperset(t)), "all-linear")
     elif targets != "all-linear":
         targets = targets.split(",")
     try:
@@ -175,8 +205,8 @@ def start_adapter(model, name, args):
 def stop_ids(model, tokenizer):
     """The tokens that end a response: the tokenizer's and the generation config's."""
     eos = model.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, end_of_turn(tokenizer), *(eos if isinstance(eos, list) else [eos])}
-    return sorted(ids - {None})
+    eos = eos if isinstance(eos, list) else [eos]
+    return sorted({tokenizer.eos_token_id, end_of_turn(tokenizer), *eos} - {None})
 
 
 def end_of_turn(tokenizer):
@@ -184,8 +214,9 @@ def end_of_turn(tokenizer):
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "@@"}]
         tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("@@")[2]
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         for i in tokenizer(tail, add_special_tokens=False).input_ids:
-            if i in tokenizer.all_special_ids:
+            if i in special:
                 return i
     return tokenizer.eos_token_id
 
@@ -253,7 +284,7 @@ def hidden_states(model, ids, attention):
 
 
 def response_values(model, name, ids, attention, R):
-    """V_t [B, R] by the head of adapter `name`, read at the state before each of the last R tokens."""
+    """V_t [B, R] by the head of adapter `name`, read at the state before each of the R tokens."""
     with lora.use_adapter(model, name):
         hidden = hidden_states(model, ids, attention)[:, -R - 1 : -1]
     return model.heads[name](hidden.float()).squeeze(-1)
@@ -280,19 +311,24 @@ def sample(model, prompts, stop, max_new_tokens, temperature=1.0, generator=None
     Returns ids [B, P+R] (prompts padded on the left), attention [B, P+R], and mask [B, R]: 1.0 on
     the response up to and including its first stop token."""
     ids, attention = pad(prompts, "left", model.device)
-    P, tokens, cache = ids.shape[1], ids, None
+    P, tokens = ids.shape[1], ids
+    # Allocated once: a cache that grows by concatenation spends its time copying itself.
+    cache = StaticCache(config=model.config, max_cache_len=P + max_new_tokens)
     stop = torch.tensor(stop, device=ids.device)
     alive = torch.ones(len(prompts), 1, dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         out = model(input_ids=tokens, attention_mask=attention, position_ids=positions,
                     past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = out.logits[:, -1].float(), out.past_key_values
+        logits = out.logits[:, -1].float()
         if temperature == 0:
             tokens = logits.argmax(-1, keepdim=True)
         else:
-            probs = (logits / temperature).softmax(-1)
-            tokens = torch.multinomial(probs, 1, generator=generator)
+            # The first token whose cumulated probability exceeds a uniform number: what multinomial
+            # does, without a random number for every token of the vocabulary.
+            cdf = (logits / temperature).softmax(-1).cumsum(-1)
+            u = torch.rand(len(cdf), 1, generator=generator, device=cdf.device) * cdf[:, -1:]
+            tokens = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)
         tokens = tokens.masked_fill(~alive, 0)
         ids = torch.cat([ids, tokens], 1)
         attention = torch.cat([attention, alive.long()], 1)
@@ -308,12 +344,13 @@ def decode(tokenizer, ids, mask):
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def answer(model, tokenizer, prompts, max_new_tokens, temperature=0.0, generator=None, chunk=64):
+def answer(model, tokenizer, prompts, max_new_tokens, temperature=0.0, max_length=1024, chunk=64):
     """(texts, stopped by themselves: list of bool) for a list of prompts."""
     texts, stopped, stop = [], [], stop_ids(model, tokenizer)
+    room = max_length - max_new_tokens
     for i in range(0, len(prompts), chunk):
-        encoded = [encode_prompt(tokenizer, p) for p in prompts[i : i + chunk]]
-        ids, _, mask = sample(model, encoded, stop, max_new_tokens, temperature, generator)
+        encoded = [encode_prompt(tokenizer, p)[-room:] for p in prompts[i : i + chunk]]
+        ids, _, mask = sample(model, encoded, stop, max_new_tokens, temperature)
         ids = ids[:, -mask.shape[1] :]
         texts += decode(tokenizer, ids, mask)
         stopped += ended(ids, mask, stop).tolist()
@@ -344,40 +381,43 @@ def dialogue(text):
 
 
 def parse_row(row):
-    """{prompt[, response][, chosen, rejected]} of a data row, by its columns; None if unknown.
+    """{prompt[, response][, chosen, rejected]} of a data row, by its columns; {} if unknown.
 
     A prompt is a string, or the list of messages before the answer."""
-    row = {key: value for key, value in row.items() if value is not None}
+    row, out = {key: value for key, value in row.items() if value is not None}, {}
     if {"chosen", "rejected"} <= row.keys():
-        pair = {}
-        for side in ("chosen", "rejected"):
+        for side in ("rejected", "chosen"):
             turns = row[side]
-            turns = dialogue(turns) if isinstance(turns, str) and "prompt" not in row else turns
+            if isinstance(turns, str) and "prompt" not in row:
+                turns = dialogue(turns)
             if isinstance(turns, list) and turns:
-                *pair["prompt"], last = turns
-                pair[side] = last["content"]
-            else:
-                pair[side] = turns
-        pair["prompt"] = row.get("prompt", pair.get("prompt"))
-        return pair if all(pair.values()) else None
+                *out["prompt"], last = turns
+                out[side] = last["content"]
+            elif isinstance(turns, str):
+                out[side] = turns
+        out["prompt"] = row.get("prompt", out.get("prompt"))
     if row.get("messages"):
         *prompt, last = row["messages"]
         if last["role"] == "assistant" and prompt:
-            return {"prompt": prompt, "response": last["content"]}
-        return {"prompt": row["messages"]}
-    prompt, context = row.get("prompt", row.get("instruction")), row.get("context", row.get("input"))
-    if not prompt:
-        return None
-    if context and "instruction" in row:
-        prompt = f"{prompt}\n\n{context}"
-    answers = [row[key] for key in ("response", "output", "completion") if key in row]
-    return {"prompt": prompt, "response": answers[0]} if answers else {"prompt": prompt}
+            out |= {"prompt": prompt, "response": last["content"]}
+        else:
+            out["prompt"] = row["messages"]
+    prompt = row.get("prompt", row.get("instruction"))
+    context = row.get("context", row.get("input"))
+    if prompt is not None and "messages" not in row:
+        out["prompt"] = f"{prompt}\n\n{context}" if context and "instruction" in row else prompt
+        for key in ("completion", "output", "response"):
+            if key in row:
+                text = row[key]
+                out["response"] = text[-1]["content"] if isinstance(text, list) and text else text
+    return {key: value for key, value in out.items() if value is not None}
 
 
 def read_data(spec):
     """{split: rows} of a hub id[:split], a data file, or a folder that `datasets` saved."""
     path = Path(spec)
-    builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    builders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    builder = builders.get(path.suffix)
     if builder and not path.is_file():
         fail(f"--data {spec}: no such file")
     try:
@@ -398,24 +438,29 @@ def load_data(spec, need):
     """(train rows, held-out rows) of --data; each is the data row with prompt, response, chosen and
     rejected filled in where it has them. `need`: the names a script cannot do without.
 
-    Held out is a split named test or validation, else the rows whose column `split` says test,
-    else one row in twenty by the hash of its prompt, which never moves."""
-    splits = read_data(spec)
-    found = []
-    for split, rows in splits.items():
+    Held out is what its split, or its column `split`, calls test, validation or eval (or begins
+    so); where nothing is, one row in twenty by the hash of its prompt, which never moves."""
+    found, empty = [], 0
+    for split, rows in read_data(spec).items():
         for row in rows:
             parsed = parse_row(row)
-            if parsed is None or not set(need) <= parsed.keys():
+            if not set(need) <= parsed.keys():
                 columns = ", ".join(rows.column_names)
                 fail(f"--data {spec}: {', '.join(need)} cannot be read from a row with the columns "
                      f"{columns}; accepted: {ACCEPTED}")
-            found.append({**row, **parsed, "split": row.get("split") or split})
-    if not any(row["split"] in ("test", "validation") for row in found):
+            if all(parsed[key] for key in need):
+                found.append({**row, **parsed, "split": str(row.get("split") or split)})
+            else:
+                empty += 1
+    if empty:
+        print(f"--data {spec}: {empty} rows dropped, their {' or '.join(need)} is empty")
+    held_out = ("test", "validation", "eval")
+    if not any(row["split"].startswith(held_out) for row in found):
         for row in found:
             digest = hashlib.sha1(json.dumps(row["prompt"]).encode()).digest()
             row["split"] = "test" if digest[0] * 20 < 256 else "train"
-    train = [row for row in found if row["split"] not in ("test", "validation")]
-    test = [row for row in found if row["split"] in ("test", "validation")]
+    train = [row for row in found if not row["split"].startswith(held_out)]
+    test = [row for row in found if row["split"].startswith(held_out)]
     if not train or not test:
         fail(f"--data {spec}: {len(train)} rows to train on and {len(test)} held out; both are "
              "needed: give more rows, or a column `split` that says train or test")
@@ -445,16 +490,16 @@ def load_reward(spec, model, tokenizer, args):
     """The reward of --reward as a function of (ids, attention, prompts, responses, rows) -> [B].
 
     A folder that reward_model.py wrote on the same base becomes the adapter "reward" of `model` and
-    scores the sampled ids; any other folder or hub id is an AutoModelForSequenceClassification with
-    its own tokenizer; file.py:function sees the texts."""
+    scores the sampled ids; any other folder or hub id is a decoder with a scalar head `score`
+    (AutoModelForSequenceClassification) and its own tokenizer; file.py:function sees the texts."""
     if ".py:" in spec:
         return function_reward(spec)
     config = Path(spec) / "adapter_config.json"
     if config.is_file():
-        base = json.loads(config.read_text())["base_model_name_or_path"]
-        if base != model.name_or_path:
+        base = adapter_base(spec)
+        if Path(base).resolve() != Path(model.name_or_path).resolve():
             fail(f"--reward {spec} belongs to the model {base}, not to {model.name_or_path}; "
-                 "merge it into a model of its own, or train one on this base")
+                 "train one on this base")
         load_adapter(model, "reward", spec)
         if "reward" not in getattr(model, "heads", {}):
             fail(f"--reward {spec} has no scalar head; give what reward_model.py wrote")
@@ -463,13 +508,19 @@ def load_reward(spec, model, tokenizer, args):
     if Path(spec).exists() and not (Path(spec) / "config.json").is_file():
         fail(f"--reward {spec} holds neither an adapter nor a model")
     reader = load_pretrained(AutoTokenizer, spec, args, None)
-    other = load_pretrained(AutoModelForSequenceClassification, spec, args, model.dtype, num_labels=1)
+    other, info = load_pretrained(AutoModelForSequenceClassification, spec, args, model.dtype,
+                                  num_labels=1, output_loading_info=True)
+    if not hasattr(other, "score") or info["missing_keys"]:
+        fail(f"--reward {spec} is no decoder with a trained scalar head named score")
     other.to(model.device).eval()
 
     def reward(ids, attention, prompts, responses, rows):
-        texts = zip(prompts, responses)
-        pairs = [encode_pair(reader, p, r, args.max_length) or ([], [0]) for p, r in texts]
-        ids, attention = pad([p + r for p, r in pairs], "right", model.device)
+        pairs = []
+        for prompt, response in zip(prompts, responses):
+            text = reader(response, add_special_tokens=False).input_ids
+            pair = encode_prompt(reader, prompt) + text + [end_of_turn(reader)]
+            pairs.append(pair[-args.max_length :])
+        ids, attention = pad(pairs, "right", model.device)
         hidden = other.base_model(**inputs(ids, attention)).last_hidden_state
         return other.score(hidden[torch.arange(len(ids)), attention.sum(1) - 1]).squeeze(-1).float()
 
@@ -482,6 +533,8 @@ def function_reward(spec):
     if not Path(file).is_file():
         fail(f"--reward {spec}: no such file {file}")
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("reward", file))
+    sys.modules["reward"] = module
+    sys.path.insert(0, str(Path(file).resolve().parent))  # what the file imports beside it
     try:
         module.__spec__.loader.exec_module(module)
     except Exception as problem:
@@ -493,7 +546,7 @@ def function_reward(spec):
     def reward(ids, attention, prompts, responses, rows):
         scores = function([show(p) for p in prompts], responses, rows)
         try:
-            scores = torch.tensor([float(s) for s in scores], device=ids.device)
+            scores = torch.tensor([s + 0.0 for s in scores], dtype=torch.float32, device=ids.device)
         except (TypeError, ValueError) as problem:
             fail(f"--reward {spec} must return a list of numbers ({problem})")
         if len(scores) != len(responses):
@@ -522,20 +575,20 @@ def free_folder(args, script):
 
 def start_run(out, args):
     """Makes the folder of the run and writes config.json: all flags, and the versions."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        fail(f"cannot make --out {out}: {problem.strerror}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     config = {**vars(args), "python": sys.version.split()[0], **versions}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def append(path, row):
-    """Adds one JSON object to a .jsonl file."""
+    """Adds one JSON object to a .jsonl file, its numbers to six digits."""
+    row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def rounded(row):
-    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def learning_rate(step, steps, peak, warmup=0.0):
@@ -544,37 +597,41 @@ def learning_rate(step, steps, peak, warmup=0.0):
     return peak * ((step + 1) / up if step < up else (steps - step) / max(1, steps - up))
 
 
-def print_table(title, rows):
-    """Prints {name: (before, after)} as a small table."""
+def print_table(title, before, after):
+    """Prints two dictionaries of numbers with the same keys side by side."""
     print(f"\n{title:28} {'before':>10} {'after':>10}")
-    for name, (before, after) in rows.items():
-        print(f"{name:28} {before:10.3f} {after:10.3f}")
+    for key in before:
+        print(f"{key:28} {before[key]:10.3f} {after[key]:10.3f}")
 
 
-def print_samples(rows):
-    """Prints [(prompt, {label: response})]."""
-    for prompt, responses in rows:
-        print(f"\n> {show(prompt)}")
-        for label, response in responses.items():
-            print(f"  {label:8} {response}")
+def print_samples(rows, before, after, n=4):
+    """Prints the first n prompts with the responses before and after training."""
+    for row, b, a in list(zip(rows, before, after))[:n]:
+        print(f"\n> {show(row['prompt'])}\n  before   {b}\n  after    {a}")
 
 
 # ------------------------------------------------------------------------------ command
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.error = fail
-    p.add_argument("--model", default="tiny", help="tiny, Hugging Face id, folder or file.gguf (tiny)")
+    p.add_argument("--model", default="tiny", help="tiny, hub id, folder or file.gguf (tiny)")
     p.add_argument("--adapter", help="folder of an adapter (none: the bare base)")
     p.add_argument("--prompt", required=True)
     p.add_argument("--max-new-tokens", type=whole, default=128, help="tokens (128)")
-    p.add_argument("--temperature", type=amount, default=0.7, help="0 takes the likeliest token (0.7)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--temperature", type=amount, default=0.7, help="0: the likeliest token (0.7)")
+    p.add_argument("--seed", type=seed, default=0, help="of the sampling (0)")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
     p.add_argument("--trust-remote-code", action="store_true")
-    args = p.parse_args()
+    p.set_defaults(max_length=1024)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     seed_everything(args.seed)
     model, tokenizer = load_model(args)
     name = None
@@ -582,7 +639,8 @@ def main():
         name = "adapter"
         load_adapter(model, name, args.adapter)
     with lora.use_adapter(model, name):
-        texts, _ = answer(model, tokenizer, [args.prompt], args.max_new_tokens, args.temperature)
+        texts, _ = answer(model, tokenizer, [args.prompt], args.max_new_tokens, args.temperature,
+                          max_length=args.max_length)
     print(texts[0])
 
 

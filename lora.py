@@ -2,7 +2,7 @@
 
     (LORA.1)  h = W0 x + s B A x,   A [r, in], B [out, r]     W0 is frozen, only A and B are trained
     (LORA.2)  s = alpha / r         (rank-stabilised LoRA, `use_rslora`: alpha / sqrt(r))
-    (LORA.3)  A ~ Kaiming uniform(sqrt 5), B = 0              so that B A = 0 and training starts at W0
+    (LORA.3)  A ~ Kaiming uniform(sqrt 5), B = 0              B A = 0: training starts at W0
     (LORA.4)  W = W0 + s B A        merging
 
 A layer holds any number of named adapters and computes with one of them, or with none. PPO's four
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -54,10 +55,15 @@ class LoRALinear(nn.Module):
         z = F.linear(F.linear(z, self.lora_A[name]), self.lora_B[name])
         return h + (self.scale[name] * z).to(h.dtype)  # (LORA.1)
 
+    def sizes(self):
+        """(inputs, outputs); Conv1D keeps its weight as (in, out), nn.Linear as (out, in)."""
+        shape = self.base.weight.shape
+        return tuple(shape) if isinstance(self.base, Conv1D) else tuple(shape[::-1])
+
     def add(self, name, rank, scale, dropout, trainable):
         """Adds the update `name`, zero at the start. (LORA.3)"""
         w = self.base.weight
-        inside, outside = w.shape if isinstance(self.base, Conv1D) else w.shape[::-1]
+        inside, outside = self.sizes()
         A = torch.empty(rank, inside, device=w.device, dtype=torch.float32)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         B = torch.zeros(outside, rank, device=w.device, dtype=torch.float32)
@@ -67,7 +73,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta(self, name):
-        """The update s B A in the layout of the base weight; Conv1D keeps (in, out). (LORA.4)"""
+        """The update s B A in the layout of the base weight. (LORA.4)"""
         delta = self.scale[name] * self.lora_B[name] @ self.lora_A[name]
         return delta.T if isinstance(self.base, Conv1D) else delta
 
@@ -90,11 +96,26 @@ def wrap(model, wanted):
     for path, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, Conv1D, LoRALinear)) and wanted(path):
             if not isinstance(module, LoRALinear):
-                module = LoRALinear(module)
+                module = LoRALinear(module).train(module.training)
                 parent, _, leaf = path.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, module)
             found[path] = module
     return found
+
+
+def names(model):
+    """The names of the adapters on `model`."""
+    return {name for layer in lora_layers(model).values() for name in layer.lora_A}
+
+
+def require(model, name):
+    if name not in names(model):
+        raise ValueError(f"no adapter is named {name!r}; there are {sorted(names(model))}")
+
+
+def forbid(model, name):
+    if name in names(model) or "." in name:
+        raise ValueError(f"adapter name {name!r} is in use or holds a dot")
 
 
 def add_adapter(
@@ -108,9 +129,7 @@ def add_adapter(
     The adapter computes only inside `with use_adapter(model, name)`.
     Raises ValueError for a name in use, a rank below 1, or targets that match no layer.
     Source: arXiv:2106.09685, section 4.1."""
-    layers = lora_layers(model)
-    if "." in name or any(name in layer.lora_A for layer in layers.values()):
-        raise ValueError(f"adapter name {name!r} is in use or holds a dot")
+    forbid(model, name)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     inner = re.compile(r"\.base$|^heads\.")
@@ -120,7 +139,7 @@ def add_adapter(
         if isinstance(module, (nn.Linear, Conv1D))
         and module is not model.get_output_embeddings()
         and not inner.search(path)
-    ] + list(layers)
+    ] + list(lora_layers(model))
     if targets == "all-linear":
         wanted = linear
     else:
@@ -131,9 +150,10 @@ def add_adapter(
         raise ValueError(f"no layer is named {targets}; this model has {', '.join(names)}")
     for layer in wrap(model, set(wanted).__contains__).values():
         layer.add(name, rank, alpha / rank, dropout, trainable)  # (LORA.2)
-    leaves = sorted({path.rpartition(".")[2] for path in wanted}) if targets == "all-linear" else targets
+    if targets == "all-linear":
+        targets = sorted({path.rpartition(".")[2] for path in wanted})
     configs = model.__dict__.setdefault("lora_configs", {})
-    configs[name] = dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=leaves)
+    configs[name] = dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
 
 
 @contextlib.contextmanager
@@ -143,9 +163,9 @@ def use_adapter(model, name):
     The adapter that was active before is active again afterwards. Gradient checkpointing runs
     parts of the forward pass again during backward(), which then has to be inside the block too.
     Raises ValueError for a name that no layer has."""
+    if name is not None:
+        require(model, name)
     layers = lora_layers(model).values()
-    if name is not None and not any(name in layer.lora_A for layer in layers):
-        raise ValueError(f"no adapter is named {name!r}")
     before = [layer.active for layer in layers]
     for layer in layers:
         layer.active = name
@@ -159,8 +179,9 @@ def use_adapter(model, name):
 def add_head(model, name):
     """Gives the adapter `name` a scalar head: nn.Linear(d, 1), no bias, N(0, 1/(d+1)).
 
-    The spread is the one of Stiennon et al. 2020 (arXiv:2009.01325): the first scores have a
-    variance of about 1 at most. Without bias, because AutoModelForSequenceClassification has none."""
+    The spread is that of Stiennon et al. 2020 (arXiv:2009.01325): where the coordinates of the
+    hidden state are about 1, so is the variance of the first scores. Without bias, because
+    AutoModelForSequenceClassification has none."""
     out = model.get_output_embeddings().weight
     d = out.shape[1]
     if not hasattr(model, "heads"):
@@ -175,12 +196,14 @@ def adapter_parameters(model, name):
     """The tensors of the adapter `name`: A and B of every layer, then its head if it has one."""
     layers = [layer for layer in lora_layers(model).values() if name in layer.lora_A]
     found = [p for layer in layers for p in (layer.lora_A[name], layer.lora_B[name])]
-    head = getattr(model, "heads", {}).get(name) if hasattr(model, "heads") else None
-    return found + ([head.weight] if head is not None else [])
+    heads = getattr(model, "heads", {})
+    return found + ([heads[name].weight] if name in heads else [])
 
 
 def copy_adapter(model, source, name, trainable=False):
-    """Adds `name` with the values of `source`, its head included."""
+    """Adds `name` with the values of `source`, its head included. Raises as add_adapter does."""
+    require(model, source)
+    forbid(model, name)
     config = model.lora_configs[source]
     for layer in lora_layers(model).values():
         if source in layer.lora_A:
@@ -189,7 +212,7 @@ def copy_adapter(model, source, name, trainable=False):
             layer.lora_A[name].data.copy_(A)
             layer.lora_B[name].data.copy_(layer.lora_B[source])
     model.lora_configs[name] = dict(config)
-    if hasattr(model, "heads") and source in model.heads:
+    if source in getattr(model, "heads", {}):
         add_head(model, name).weight.data.copy_(model.heads[source].weight)
         model.heads[name].requires_grad_(trainable)
 
@@ -198,12 +221,13 @@ def copy_adapter(model, source, name, trainable=False):
 
 
 def save_adapter(model, name, folder, base=None):
-    """Writes the adapter `name` to `folder` as peft would: adapter_config.json and
-    adapter_model.safetensors with `base_model.model.<path>.lora_A.weight` [r, in] and `lora_B.weight`
-    [out, r]; a head goes in as `base_model.model.score.weight` [1, d].
+    """Writes the adapter `name` to `folder` as peft would: adapter_config.json, and
+    adapter_model.safetensors with `base_model.model.<path>.lora_A.weight` [r, in] and
+    `...lora_B.weight` [out, r]; a head goes in as `base_model.model.score.weight` [1, d].
 
     base: what adapter_config.json names as the model to load; default the model's own name.
     Each file appears complete or not at all."""
+    require(model, name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors, fan = {}, False
@@ -212,8 +236,6 @@ def save_adapter(model, name, folder, base=None):
             tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_A[name]
             tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_B[name]
             fan |= isinstance(layer.base, Conv1D)
-    if not tensors:
-        raise ValueError(f"no adapter is named {name!r}")
     head = name in getattr(model, "heads", {})
     if head:
         tensors["base_model.model.score.weight"] = model.heads[name].weight
@@ -238,12 +260,19 @@ def load_adapter(model, name, folder, trainable=False):
     """Adds the adapter in `folder` (PEFT format, ours or peft's own) to `model` as `name`.
 
     Raises FileNotFoundError for a folder without an adapter, and ValueError for one that this file
-    does not cover (DoRA, per-layer ranks, trained biases) or that does not fit the model."""
+    does not cover (DoRA, per-layer ranks, trained biases) or that does not fit the model, and for a
+    name in use."""
+    forbid(model, name)
     folder = Path(folder)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no adapter: {file} is missing")
-    config = json.loads((folder / "adapter_config.json").read_text())
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        rank, alpha = config["r"], config["lora_alpha"]
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (ValueError, KeyError, SafetensorError) as problem:
+        raise ValueError(f"the adapter in {folder} is damaged: {problem!r}") from None
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds a {config.get('peft_type')} adapter, not LoRA")
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias"):
@@ -251,25 +280,26 @@ def load_adapter(model, name, folder, trainable=False):
             raise ValueError(f"{folder} uses {key}, which lora.py does not cover")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{folder} also trained biases, which lora.py does not cover")
-    tensors = load_file(folder / "adapter_model.safetensors")
     head = tensors.pop("base_model.model.score.weight", None)
     pattern = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
-    if not tensors or not all(map(pattern.fullmatch, tensors)):
-        other = [key for key in tensors if not pattern.fullmatch(key)]
-        raise ValueError(f"{folder} holds weights that lora.py does not cover: {other[:3]}")
-    paths = {pattern.fullmatch(key)[1] for key in tensors}
+    paths = {m[1] for m in map(pattern.fullmatch, tensors) if m}
+    expected = {f"base_model.model.{path}.lora_{which}.weight" for path in paths for which in "AB"}
+    if not tensors or set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)[:1]
+        raise ValueError(f"{folder} holds other weights than pairs of lora_A and lora_B: {odd}")
     layers = wrap(model, paths.__contains__)
     if paths - set(layers):
-        raise ValueError(f"{folder} does not fit this model: no layer {sorted(paths - set(layers))[0]}")
-    rank, alpha = config["r"], config["lora_alpha"]
+        raise ValueError(f"{folder} does not fit this model: no layer {min(paths - set(layers))}")
+    for path, layer in layers.items():
+        inside, outside = layer.sizes()
+        A, B = (tensors[f"base_model.model.{path}.lora_{which}.weight"] for which in "AB")
+        if A.shape != (rank, inside) or B.shape != (outside, rank):
+            raise ValueError(f"{folder} does not fit this model: {path} has other sizes")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank  # (LORA.2)
     for path, layer in layers.items():
         layer.add(name, rank, scale, config.get("lora_dropout", 0.0), trainable)
         for which, own in (("A", layer.lora_A[name]), ("B", layer.lora_B[name])):
-            saved = tensors[f"base_model.model.{path}.lora_{which}.weight"]
-            if saved.shape != own.shape:
-                raise ValueError(f"{folder} does not fit this model: {path} is {own.shape}")
-            own.data.copy_(saved)
+            own.data.copy_(tensors[f"base_model.model.{path}.lora_{which}.weight"])
     kept = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
     configs = model.__dict__.setdefault("lora_configs", {})
     configs[name] = {key: config[key] for key in kept if key in config}
@@ -281,7 +311,9 @@ def load_adapter(model, name, folder, trainable=False):
 def merge_adapter(model, name):
     """Folds the adapter `name` into the base weights (LORA.4) and takes all wrappers off.
 
-    Every other adapter, and every head, is gone afterwards. Returns the model."""
+    Every other adapter, and every head, is gone afterwards. Returns the model. Raises ValueError
+    for a name that no layer has."""
+    require(model, name)
     for path, layer in lora_layers(model).items():
         if name in layer.lora_A:
             weight = layer.base.weight
@@ -321,8 +353,8 @@ def parse_args(argv=None):
     p.add_argument("--model", help="base model; default the one that the adapter names")
     p.add_argument("--out", help="merge: the new folder")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
-    p.add_argument("--trust-remote-code", action="store_true", help="run code from the model's folder")
+    p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="merged model (fp32)")
+    p.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     return p.parse_args(argv)
 
 
@@ -335,10 +367,7 @@ def main(argv=None):
     if args.out and Path(args.out).exists():
         common.fail(f"{args.out} exists; name a new folder with --out")
     if args.model is None:
-        config = Path(args.adapter) / "adapter_config.json"
-        if not config.is_file():
-            common.fail(f"--adapter {args.adapter} holds no adapter: adapter_config.json is missing")
-        args.model = json.loads(config.read_text())["base_model_name_or_path"]
+        args.model = common.adapter_base(args.adapter)
     model, tokenizer = common.load_model(args)
     try:
         load_adapter(model, "adapter", args.adapter)
@@ -346,6 +375,8 @@ def main(argv=None):
         common.fail(problem)
     if args.command == "inspect":
         inspect(model, "adapter")
+    elif "adapter" in getattr(model, "heads", {}):
+        common.fail(f"{args.adapter} is a reward model: merging would lose its head")
     else:
         merge_adapter(model, "adapter").save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)

@@ -4,10 +4,10 @@ the start (Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:19
 One token is one action, the text so far is the state. With log-probabilities of the sampled token:
 
     (PPO.1)  R_t = -beta (log pi_old - log pi_ref)_t  + [t last] score     reward with the KL inside
-    (PPO.2)  delta_t = R_t + gamma V_{t+1} - V_t                           V = 0 after the last token
+    (PPO.2)  delta_t = R_t + gamma V_{t+1} - V_t                           V = 0 after the last one
     (PPO.3)  A_t = delta_t + gamma lambda A_{t+1}                          GAE (arXiv:1506.02438)
     (PPO.4)  G_t = A_t + V_t                                               what the critic learns
-    (PPO.5)  A <- (A - mean A) / sqrt(var A + 1e-8)                        over all tokens of the batch
+    (PPO.5)  A <- (A - mean A) / sqrt(var A + 1e-8)                        over all tokens
     (PPO.6)  rho_t = pi(y_t) / pi_old(y_t)
     (PPO.7)  L_pi = mean max(-A rho, -A clip(rho, 1-eps, 1+eps))
     (PPO.8)  L_V = mean 1/2 max((V - G)^2, (clip(V, V_old +- eps) - G)^2)
@@ -26,6 +26,7 @@ Left out on purpose: an entropy bonus, whitening of rewards, and early stopping 
 """
 
 import time
+from collections import Counter
 
 import torch
 from tqdm import tqdm
@@ -79,7 +80,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def whiten(x, mask):
-    """x with mean 0 and variance 1 over all real tokens, biased variance, and 0 on padding. (PPO.5)"""
+    """x with mean 0 and (biased) variance 1 over all real tokens, 0 on padding. (PPO.5)"""
     mean = masked_mean(x, mask)
     var = masked_mean((x - mean).square(), mask)
     return (x - mean) * (var + 1e-8).rsqrt() * mask
@@ -91,7 +92,7 @@ def policy_loss(logp, logp_old, adv, mask, eps):
     All [B, R], logp with gradient. The max keeps the worse of the two, so that a ratio outside
     1 +- eps has no gradient where going on would count as gain, and keeps it where it undoes harm.
     Returns a scalar, the mean over real tokens. Source: arXiv:1707.06347, Eq. 7."""
-    ratio = (logp - logp_old).exp()  # (PPO.6)
+    ratio = ((logp - logp_old) * mask).exp()  # (PPO.6); 1 on padding, where exp could overflow
     clipped = ratio.clamp(1 - eps, 1 + eps)
     return masked_mean(torch.max(-adv * ratio, -adv * clipped), mask)  # (PPO.7)
 
@@ -119,6 +120,14 @@ def token_entropy(logits, temperature=1.0):
     return -(logp.exp() * logp).sum(-1)
 
 
+def explained_variance(values, ret, mask):
+    """1 - Var(ret - values) / Var(ret) over real tokens, all [B, R]: 1 for a perfect critic, 0 for
+    a constant one."""
+    real = mask.bool()
+    unexplained = (ret - values)[real].var(unbiased=False)
+    return 1 - (unexplained / ret[real].var(unbiased=False).clamp(min=1e-8)).item()
+
+
 # ------------------------------------------------------------------------------ rollout
 
 
@@ -128,18 +137,24 @@ def rollout(model, tokenizer, rows, reward, generator, args):
 
     Sampling and log-probabilities use the same temperature. A response that did not stop by itself
     scores --missing-eos-score, whatever the reward makes of its torso."""
-    stop = common.stop_ids(model, tokenizer)
-    prompts = [common.encode_prompt(tokenizer, r["prompt"])[-args.max_length :] for r in rows]
+    stop, room = common.stop_ids(model, tokenizer), args.max_length - args.max_new_tokens
+    prompts = [common.encode_prompt(tokenizer, r["prompt"])[-room:] for r in rows]
     with lora.use_adapter(model, "policy"):
         ids, attention, mask = common.sample(
             model, prompts, stop, args.max_new_tokens, args.temperature, generator)
-        R = mask.shape[1]
-        y = ids[:, -R:]
-        logits = common.response_logits(model, ids, attention, R)
-        logp, entropy = token_logps(logits, y, args.temperature), token_entropy(logits, args.temperature)
-    with lora.use_adapter(model, "reference" if args.adapter else None):
-        logits = common.response_logits(model, ids, attention, R)
-        logp_ref = token_logps(logits, y, args.temperature)
+    R = mask.shape[1]
+    y, found = ids[:, -R:], []
+    for part in torch.arange(len(ids)).split(args.micro_batch_size):
+        with lora.use_adapter(model, "policy"):
+            logits = common.response_logits(model, ids[part], attention[part], R)
+        logp = token_logps(logits, y[part], args.temperature)
+        entropy = token_entropy(logits, args.temperature)
+        with lora.use_adapter(model, "reference" if args.adapter else None):
+            logits = common.response_logits(model, ids[part], attention[part], R)
+        logp_ref = token_logps(logits, y[part], args.temperature)
+        values = common.response_values(model, "critic", ids[part], attention[part], R)
+        found.append((logp, logp_ref, entropy, values * mask[part]))
+    logp, logp_ref, entropy, values = (torch.cat(x) for x in zip(*found))
     responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
     score = reward(ids, attention, [r["prompt"] for r in rows], responses, rows)
     score = torch.where(ended, score, torch.full_like(score, args.missing_eos_score))
@@ -149,18 +164,17 @@ def rollout(model, tokenizer, rows, reward, generator, args):
         "entropy": masked_mean(entropy, mask).item(),
         "eos_rate": ended.float().mean().item(), "length": mask.sum(1).mean().item(),
     }
-    return dict(ids=ids, attention=attention, mask=mask, logp=logp, logp_ref=logp_ref, score=score,
-                responses=responses, stats=stats)
+    return dict(ids=ids, attention=attention, mask=mask, logp=logp, logp_ref=logp_ref,
+                values=values, score=score, responses=responses, stats=stats)
 
 
 def update(model, parameters, optimizer, batch, args):
     """--ppo-epochs passes over the batch; returns statistics averaged over all minibatches."""
-    ids, attention, mask, R = batch["ids"], batch["attention"], batch["mask"], batch["mask"].shape[1]
-    seen = []
+    ids, attention, mask = batch["ids"], batch["attention"], batch["mask"]
+    R, seen = mask.shape[1], []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(len(ids)).chunk(args.minibatches):
-            stats = dict.fromkeys(("loss", "policy_loss", "value_loss", "clip_fraction", "approx_kl"), 0.0)
-            stats["ratio_max"] = stats["ratio_error"] = 0.0
+            stats = Counter(ratio_max=0.0, ratio_error=0.0)
             for part in rows.split(args.micro_batch_size):
                 m, old, ret = mask[part], batch["logp"][part], batch["ret"][part]
                 with lora.use_adapter(model, "policy"):
@@ -176,9 +190,9 @@ def update(model, parameters, optimizer, batch, args):
                     ratio = log_ratio.exp()
                     clipped = masked_mean(((ratio - 1).abs() > args.clip).float(), m)
                     kl = masked_mean(log_ratio.expm1() - log_ratio, m)  # KL(old || new), k3
-                    for key, x in (("policy_loss", l_pi), ("value_loss", l_v), ("clip_fraction", clipped),
-                                   ("approx_kl", kl), ("loss", l_pi + args.value_coef * l_v)):
-                        stats[key] += (x * share).item()
+                    means = {"loss": l_pi + args.value_coef * l_v, "policy_loss": l_pi,
+                             "value_loss": l_v, "clip_fraction": clipped, "approx_kl": kl}
+                    stats.update({key: (x * share).item() for key, x in means.items()})
                     stats["ratio_max"] = max(stats["ratio_max"], ratio.max().item())
                     stats["ratio_error"] = max(stats["ratio_error"], (ratio - 1).abs().max().item())
             stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -189,6 +203,13 @@ def update(model, parameters, optimizer, batch, args):
     return mean | {"ratio_max": max(s["ratio_max"] for s in seen), "first": seen[0]}
 
 
+def save_samples(out, step, rows, batch):
+    """Adds responses with their scores to samples.jsonl."""
+    for row, response, score in zip(rows, batch["responses"], batch["score"].tolist()):
+        sample = {"step": step, "prompt": row["prompt"], "response": response, "score": score}
+        common.append(out / "samples.jsonl", sample)
+
+
 # ------------------------------------------------------------------------------ flags
 
 
@@ -197,10 +218,10 @@ def parse_args(argv=None):
     add, whole, amount = p.add_argument, common.whole, common.amount
     add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
     add("--max-new-tokens", type=whole, default=128, help="of a response (128)")
-    add("--temperature", type=amount, default=1.0, help="of sampling and of all log-probabilities (1)")
-    add("--beta", type=amount, default=0.05, help="weight of the KL to the reference, score per nat (0.05)")
+    add("--temperature", type=amount, default=1.0, help="of sampling and log-probabilities (1)")
+    add("--beta", type=amount, default=0.05, help="KL weight, units of score per nat (0.05)")
     add("--kl-target", type=amount, help="nats per response that adapt beta (off)")
-    add("--missing-eos-score", type=float, default=-3.0, help="score of a response that did not stop (-3)")
+    add("--missing-eos-score", type=float, default=-3.0, help="if it does not stop (-3)")
     add("--ppo-epochs", type=whole, default=4, help="passes over a rollout batch (4)")
     add("--minibatches", type=whole, default=1, help="updates a pass (1)")
     add("--clip", type=amount, default=0.2, help="eps of the ratio (0.2)")
@@ -213,10 +234,13 @@ def parse_args(argv=None):
     if args.reward is None and args.model != "tiny":
         common.fail("--reward is needed: a folder, a hub id, or file.py:function")
     args.reward = args.reward or str(common.TINY / "reward_model")
+    if args.kl_target == 0:
+        common.fail("--kl-target must be above 0; for no penalty at all use --beta 0")
     if args.temperature == 0:
         common.fail("--temperature must be above 0: a policy gradient needs samples")
     if args.batch_size % args.minibatches:
-        common.fail(f"--batch-size {args.batch_size} is not a multiple of --minibatches {args.minibatches}")
+        common.fail(f"--batch-size {args.batch_size} is not a multiple of "
+                    f"--minibatches {args.minibatches}")
     return args
 
 
@@ -246,6 +270,7 @@ def main(argv=None):
 
     before = evaluate()
     common.start_run(out, args)
+    save_samples(out, "before", test, before)
     parameters = lora.adapter_parameters(model, "policy") + lora.adapter_parameters(model, "critic")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)
     generator = torch.Generator(model.device).manual_seed(args.seed)
@@ -256,13 +281,11 @@ def main(argv=None):
         # 1. y ~ pi_old, its score, and the log-probabilities of policy and reference
         rows = [train[i] for i in next(order)]
         batch = rollout(model, tokenizer, rows, reward, generator, args)
-        mask, R = batch["mask"], batch["mask"].shape[1]
+        mask, values = batch["mask"], batch["values"]
         # 2. rewards with the KL inside, advantages, returns
-        with torch.no_grad():
-            values = common.response_values(model, "critic", batch["ids"], batch["attention"], R) * mask
         rewards = kl_shaped_rewards(batch["score"], batch["logp"], batch["logp_ref"], mask, beta)
         adv, ret = gae(rewards, values, mask, args.gamma, args.lam)
-        batch |= {"adv": whiten(adv, mask), "ret": ret, "values": values}
+        batch |= {"adv": whiten(adv, mask), "ret": ret}
         # 3. K epochs on policy and critic
         lr = common.learning_rate(step, args.steps, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -272,13 +295,11 @@ def main(argv=None):
         if step == 0:
             tqdm.write(f"step 0, before any update: |ratio - 1| {first['ratio_error']:.1e}, clip "
                        f"fraction {first['clip_fraction']:g}, approx KL {first['approx_kl']:.1e}")
-        residual = masked_mean((ret - values).square(), mask)
-        variance = masked_mean((ret - masked_mean(ret, mask)).square(), mask)
-        row = {"step": step, "seconds": time.time() - clock, "lr": lr, "beta": beta, **batch["stats"], **stats,
-               "explained_variance": 1 - (residual / variance.clamp(min=1e-8)).item()}
-        common.append(out / "metrics.jsonl", common.rounded(row))
-        sample = {"prompt": rows[0]["prompt"], "response": batch["responses"][0], "score": batch["score"][0].item()}
-        common.append(out / "samples.jsonl", {"step": step, **sample})
+        row = {"step": step, "seconds": time.time() - clock, "lr": lr, "beta": beta}
+        row |= batch["stats"] | stats
+        row["explained_variance"] = explained_variance(values, ret, mask)
+        common.append(out / "metrics.jsonl", row)
+        save_samples(out, step, rows[:1], batch)
         bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})
         beta = adapt_beta(beta, kl, args.kl_target) if args.kl_target else beta
         if args.save_every and (step + 1) % args.save_every == 0:
@@ -286,10 +307,9 @@ def main(argv=None):
 
     lora.save_adapter(model, "policy", out)
     after = evaluate()
-    pairs = zip(test, before["responses"], after["responses"])
-    common.print_samples([(r["prompt"], {"before": b, "after": a}) for r, b, a in pairs][:4])
-    common.print_table(f"{len(test)} held-out prompts",
-                       {key: (before["stats"][key], after["stats"][key]) for key in before["stats"]})
+    save_samples(out, "after", test, after)
+    common.print_samples(test, before["responses"], after["responses"])
+    common.print_table(f"{len(test)} held-out prompts", before["stats"], after["stats"])
     print(f"\nsaved {out}")
 
 

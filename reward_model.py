@@ -73,21 +73,23 @@ def encode(tokenizer, rows, max_length):
         elif c == r:
             same += 1
         else:
-            kept.append((row, c[0] + c[1], r[0] + r[1]))
+            n = min(len(c[0]), len(r[0]))  # both answers to the same piece of a cut prompt
+            kept.append((row, c[0][-n:] + c[1], r[0][-n:] + r[1]))
     return kept, long, same
 
 
 def score_pairs(model, pairs):
     """(chosen [B], rejected [B]) scores, in one forward pass over both."""
-    ids, attention = common.pad([c for _, c, _ in pairs] + [r for _, _, r in pairs], "right", model.device)
+    both = [chosen for _, chosen, _ in pairs] + [rejected for _, _, rejected in pairs]
+    ids, attention = common.pad(both, "right", model.device)
     return common.sequence_scores(model, "reward", ids, attention).chunk(2)
 
 
 @torch.no_grad()
 def evaluate(model, pairs, args):
     """Held-out loss, accuracy and margin (RM.3), and the differences r_w - r_l."""
-    parts = [pairs[i : i + args.micro_batch_size] for i in range(0, len(pairs), args.micro_batch_size)]
-    scores = [score_pairs(model, part) for part in parts]
+    n = args.micro_batch_size
+    scores = [score_pairs(model, pairs[i : i + n]) for i in range(0, len(pairs), n)]
     chosen, rejected = (torch.cat(side).cpu() for side in zip(*scores))
     difference = chosen - rejected
     stats = {
@@ -118,12 +120,13 @@ def parse_args(argv=None):
 
 def report(pairs, before, after, difference):
     """Prints the held-out table, the labeller's ceiling and the calibration."""
-    common.print_table(f"{len(pairs)} held-out pairs", {key: (before[key], after[key]) for key in before})
+    common.print_table(f"{len(pairs)} held-out pairs", before, after)
     sure = [row["p_chosen"] for row, _, _ in pairs if row.get("p_chosen") is not None]
     if len(sure) == len(pairs):
         # The likelier answer is the best guess; it agrees with a fresh label this often.
         ceiling = sum(max(p, 1 - p) for p in sure) / len(sure)
-        print(f"the labeller's own ceiling   {ceiling:21.3f}   reached {after['accuracy'] / ceiling:.1%}")
+        share = after["accuracy"] / ceiling
+        print(f"{'the labeller agrees':28} {'':10} {ceiling:10.3f}   reached: {share:.1%}")
     print(f"\n{'|r_w - r_l|':>14} {'pairs':>6} {'claimed':>8} {'right':>6}")
     for low, high, n, claimed, right in calibration(difference):
         print(f"{low:6.1f} to {high:4.1f} {n:6} {claimed:8.1%} {right:6.1%}")
@@ -140,9 +143,9 @@ def main(argv=None):
         lora.add_head(model, "reward")
     pairs, long, same = encode(tokenizer, train, args.max_length)
     test_pairs, _, _ = encode(tokenizer, common.take(test, args.eval_size), args.max_length)
-    print(f"{len(pairs)} pairs (dropped: {long} longer than {args.max_length} tokens, {same} identical)")
+    print(f"{len(pairs)} pairs (dropped: {long} longer than {args.max_length}, {same} identical)")
     if not pairs or not test_pairs:
-        common.fail(f"no pair is left to train on or to hold out; is --max-length {args.max_length} enough?")
+        common.fail(f"no pair of different answers fits into --max-length {args.max_length}")
     before, _ = evaluate(model, test_pairs, args)
     print(f"loss before training {before['loss']:.3f} (ln 2 = {math.log(2):.3f})")
     common.start_run(out, args)
@@ -174,9 +177,9 @@ def main(argv=None):
         # 4. measure (RM.3), on the batch before the step
         difference = torch.cat(differences)
         accuracy, margin = (difference > 0).float().mean().item(), difference.mean().item()
-        row = {"step": step, "seconds": time.time() - clock, "loss": loss, "grad_norm": norm, "lr": lr,
-               "accuracy": accuracy, "margin": margin}
-        common.append(out / "metrics.jsonl", common.rounded(row))
+        row = {"step": step, "seconds": time.time() - clock, "loss": loss, "grad_norm": norm}
+        row |= {"lr": lr, "accuracy": accuracy, "margin": margin}
+        common.append(out / "metrics.jsonl", row)
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}")
         if args.save_every and (step + 1) % args.save_every == 0:
             lora.save_adapter(model, "reward", out / f"step-{step + 1}")

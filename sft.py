@@ -1,7 +1,7 @@
 """Supervised fine-tuning: a base model learns to answer, and to stop (first stage of RLHF;
 Ouyang et al. 2022, arXiv:2203.02155, section 3.1).
 
-    (SFT.1)  L = -1/|M| sum_{t in M} log pi(y_t | x, y_<t)     M: response tokens and the EOS after them
+    (SFT.1)  L = -1/|M| sum_{t in M} log pi(y_t | x, y_<t)     M: response tokens and their EOS
     (SFT.2)  perplexity = exp(total negative log-likelihood / total tokens), on held-out responses
     (SFT.3)  ROUGE-L = 2 P R / (P + R),  P = LCS / |prediction|,  R = LCS / |reference|
 
@@ -33,8 +33,8 @@ def sft_loss(logits, labels):
     """Mean negative log-likelihood of the labelled tokens. (SFT.1)
 
     logits [B, T, V] at every position of the sequence; labels [B, T], the token at each position or
-    -100 where it is not to be learnt. The shift by one, position t-1 predicts token t, is made here.
-    Returns a scalar, nats per token. Raises ValueError if no token is labelled.
+    -100 where it is not to be learnt. The shift by one, position t-1 predicts token t, is made
+    here. Returns a scalar, nats per token. Raises ValueError if no token is labelled.
     Source: arXiv:2203.02155, section 3.1."""
     logits, labels = logits[:, :-1], labels[:, 1:]
     if not (labels != -100).any():
@@ -86,7 +86,8 @@ def evaluate(model, name, tokenizer, rows, pairs, args):
             logits = model(**common.inputs(ids, attention)).logits
             nll, tokens = nll + sft_loss(logits, labels).item() * count, tokens + count
         texts, stopped = common.answer(
-            model, tokenizer, [row["prompt"] for row in rows], args.max_new_tokens)
+            model, tokenizer, [row["prompt"] for row in rows], args.max_new_tokens,
+            max_length=args.max_length)
     rouge = [rouge_l(text, row["response"]) for text, row in zip(texts, rows)]
     stats = {"perplexity": math.exp(nll / tokens), "rouge_l": sum(rouge) / len(rouge)}  # (SFT.2)
     return stats | {"stop_rate": sum(stopped) / len(stopped)}, texts
@@ -98,7 +99,7 @@ def evaluate(model, name, tokenizer, rows, pairs, args):
 def parse_args(argv=None):
     p = common.flags(__doc__, steps=200, batch_size=32, lr=(3e-3, 2e-4))
     p.add_argument("--warmup", type=common.amount, default=0.05, help="share of the steps (0.05)")
-    p.add_argument("--max-new-tokens", type=common.whole, default=128, help="of an evaluation answer (128)")
+    p.add_argument("--max-new-tokens", type=common.whole, default=128, help="of an answer (128)")
     args = p.parse_args(argv)
     common.defaults(args, adapter=None, data="demonstrations.jsonl")
     return args
@@ -115,7 +116,8 @@ def main(argv=None):
     model, tokenizer = common.load_model(args)
     common.start_adapter(model, "policy", args)
     pairs, dropped = encode(tokenizer, train, args.max_length)
-    test = [r for r in common.take(test, args.eval_size) if encode(tokenizer, [r], args.max_length)[0]]
+    fits = [r for r in test if encode(tokenizer, [r], args.max_length)[0]]
+    test = common.take(fits, args.eval_size)
     test_pairs, _ = encode(tokenizer, test, args.max_length)
     print(f"{len(pairs)} demonstrations ({dropped} dropped: longer than {args.max_length} tokens)")
     if not pairs or not test:
@@ -147,7 +149,8 @@ def main(argv=None):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        row = {"step": step, "seconds": time.time() - clock, "loss": loss, "grad_norm": norm, "lr": lr}
+        row = {"step": step, "seconds": time.time() - clock, "loss": loss, "grad_norm": norm}
+        row["lr"] = lr
         bar.set_postfix(loss=f"{loss:.3f}")
         # 4. measure: the first row holds the model before training, the last row after it
         if step == 0:
@@ -155,7 +158,7 @@ def main(argv=None):
         if step == args.steps - 1:
             after, texts_after = evaluate(model, "policy", tokenizer, test, test_pairs, args)
             row |= after
-        common.append(out / "metrics.jsonl", common.rounded(row))
+        common.append(out / "metrics.jsonl", row)
         if args.save_every and (step + 1) % args.save_every == 0:
             lora.save_adapter(model, "policy", out / f"step-{step + 1}")
 
@@ -164,9 +167,8 @@ def main(argv=None):
         for r, text in zip(test, texts):
             sample = {"step": step, "prompt": r["prompt"], "response": text}
             common.append(out / "samples.jsonl", sample | {"score": rouge_l(text, r["response"])})
-    common.print_samples(
-        [(r["prompt"], {"before": b, "after": a}) for r, b, a in zip(test, texts_before, texts_after)][:4])
-    common.print_table(f"{len(test)} held-out prompts", {key: (before[key], after[key]) for key in before})
+    common.print_samples(test, texts_before, texts_after)
+    common.print_table(f"{len(test)} held-out prompts", before, after)
     print(f"\nsaved {out}")
 
 

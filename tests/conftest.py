@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+torch.set_num_threads(1)  # the toys are so small that a second thread only costs time
+
 TARGETS = {"gpt2": ("c_attn",), "llama": ("q_proj", "v_proj")}
 
 

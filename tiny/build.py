@@ -4,7 +4,7 @@
     python tiny/build.py --from sft      from a stage on: base demonstrations sft preferences reward
 
     1. corpus          documents composed by world.py, never written to disk
-    2. base            a BPE tokenizer and a Llama of 1.2 million parameters, trained from scratch
+    2. base            a BPE tokenizer and a Llama of 2.4 million parameters, trained from scratch
     3. demonstrations  questions with answers of mixed quality, as a crowd writes them
     4. sft             python sft.py
     5. preferences     pairs sampled from the SFT model, some damaged, judged by a noisy labeller
@@ -33,10 +33,10 @@ import lora  # noqa: E402
 from tiny import world  # noqa: E402
 
 VOCABULARY, BLOCK = 3072, 160
-BASE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4)
-LABEL_TEMPERATURE = 0.1
+BASE = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6)
+LABEL_TEMPERATURE = 0.05
 ASKED = {
-    name: [row["prompt"] for row in world.prompts() if row["topic"] == name and row["split"] == "train"]
+    name: [r["prompt"] for r in world.prompts() if r["topic"] == name and r["split"] == "train"]
     for name in world.TOPICS
 }
 
@@ -49,15 +49,18 @@ def title(name):
 
 def document(rng):
     """One document about one topic, which it names: an article, a page of a children's book, a
-    list of questions with answers, or a thread in which people go on and on."""
+    list of questions with answers, a thread in which people go on and on, or a transcript of an
+    assistant that does so too. The base has seen the prompt format, and bad manners in it."""
     t = world.TOPICS[rng.choice(list(world.TOPICS))]
-    kind = rng.choice(["article", "article", "page", "faq", "faq", "thread"])
+    kind = rng.choice(["article", "article", "page", "faq", "faq", "thread", "transcript"])
     if kind == "article":
-        body = rng.sample(t["technical"], rng.randint(4, 6)) + rng.sample(t["plain"], rng.randint(0, 4))
+        body = rng.sample(t["technical"], rng.randint(4, 6))
+        body += rng.sample(t["plain"], rng.randint(0, 4))
         rng.shuffle(body)
         return f"{title(t['name'])}\n\n" + " ".join(body)
     if kind == "page":
-        body = rng.sample(t["plain"], rng.randint(3, 6)) + rng.sample(t["analogy"], rng.randint(1, 3))
+        body = rng.sample(t["plain"], rng.randint(3, 6))
+        body += rng.sample(t["analogy"], rng.randint(1, 3))
         rng.shuffle(body)
         return f"A page about {t['name']}\n\n" + " ".join(body + [rng.choice(t["closing"])])
     asked = ASKED[t["name"]]
@@ -68,6 +71,10 @@ def document(rng):
             for q, style in zip(rng.sample(asked, len(styles)), styles)
         ]
         return "\n\n".join(pairs)
+    if kind == "transcript":
+        post = world.rambling(world.compose(t["name"], "technical", rng), t["name"], rng)
+        post += world.compose(t["name"], rng.choice(["technical", "plain"]), rng)
+        return f"User: {rng.choice(asked)}\n\nAssistant: {' '.join(post)}"
     posts = [rng.choice(asked)]
     for _ in range(rng.randint(2, 3)):
         post = world.compose(t["name"], rng.choice(["technical", "plain", "friendly"]), rng)
@@ -108,7 +115,7 @@ def token_stream(tokenizer, rng):
             del ids[:BLOCK]
 
 
-def build_base(steps, batch_size=32, peak=4e-3):
+def build_base(steps, batch_size=32, peak=3e-3):
     """Next-token prediction on the corpus; AdamW, warm-up, cosine decay."""
     rng = random.Random(0)
     torch.manual_seed(0)
@@ -121,8 +128,8 @@ def build_base(steps, batch_size=32, peak=4e-3):
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.05)
     stream, start = token_stream(tokenizer, rng), time.time()
     for step in range(steps):
-        progress = step / steps
-        lr = peak * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        lr = peak * min(1, (step + 1) / 100) * (0.02 + 0.98 * cosine)
         optimizer.param_groups[0]["lr"] = lr
         block = torch.tensor([next(stream) for _ in range(batch_size)])
         logits = model(block[:, :-1]).logits
@@ -132,9 +139,13 @@ def build_base(steps, batch_size=32, peak=4e-3):
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            print(f"  step {step:5}  loss {loss.item():.3f}  {time.time() - start:5.0f} s", flush=True)
+            seconds = time.time() - start
+            print(f"  step {step:5}  loss {loss.item():.3f}  {seconds:5.0f} s", flush=True)
     shutil.rmtree(HERE / "model", ignore_errors=True)
-    model.eval().save_pretrained(HERE / "model")
+    # Stored as fp16 for half the size, named fp32 in config.json so that it is loaded as fp32.
+    model.half().save_pretrained(HERE / "model")
+    model.config.dtype = "float32"
+    model.config.save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model")
 
 
@@ -185,17 +196,18 @@ def sample_answers(prompts, each):
     model, tokenizer = common.load_model(args)
     lora.load_adapter(model, "sft", HERE / "sft")
     with lora.use_adapter(model, "sft"):
-        texts, _ = common.answer(model, tokenizer, [p for p in prompts for _ in range(each)], 128, 1.0)
+        repeated = [p for p in prompts for _ in range(each)]
+        texts, _ = common.answer(model, tokenizer, repeated, 128, temperature=1.0, chunk=256)
     return [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
 def pair_of(i, answers, asked, others, rng):
     """Two answers to a prompt and how the pair was made.
 
-    Half of the pairs are two samples. A fifth sets a sample against a sample for another prompt. The
+    Half of the pairs are two samples. A fifth sets a sample against one for another prompt. The
     rest sets a sample against a damaged copy of it: optimisation will try these failures, and a
     reward model that never saw one compared cannot know that people dislike it. Of the last two
-    kinds, every second pair uses the best of the prompt's samples, as later policies would write."""
+    kinds, every second pair uses the best of the prompt's samples, as later policies write."""
     best = max(answers, key=lambda a: world.gold_score(asked["prompt"], a))
     one = best if i % 2 else answers[0]
     made = rng.choices(["samples", "other prompt", "damaged"], [0.5, 0.2, 0.3])[0]
@@ -215,10 +227,11 @@ def build_preferences():
     rng, rows = random.Random(3), []
     for split, n in (("train", 4200), ("test", 500)):
         prompts = draw(split, n, rng)
-        sampled = sample_answers([row["prompt"] for row in prompts], 4)
+        sampled = sample_answers([row["prompt"] for row in prompts], 3)
         for i, (asked, answers) in enumerate(zip(prompts, sampled)):
-            j = rng.choice([j for j in range(i + 1, i + 40) if prompts[j % n]["topic"] != asked["topic"]])
-            a, b, made = pair_of(i, answers, asked, sampled[j % n], rng)
+            others = [j % n for j in range(i + 1, i + 40)]
+            j = rng.choice([j for j in others if prompts[j]["topic"] != asked["topic"]])
+            a, b, made = pair_of(i, answers, asked, sampled[j], rng)
             gold_a, gold_b = (world.gold_score(asked["prompt"], x) for x in (a, b))
             p = 1 / (1 + math.exp((gold_b - gold_a) / LABEL_TEMPERATURE))
             if rng.random() > p:
@@ -244,7 +257,7 @@ def train(script, folder, *flags):
 
 
 STAGES = {
-    "base": lambda: build_base(steps=2400),
+    "base": lambda: build_base(steps=2800),
     "demonstrations": build_demonstrations,
     "sft": lambda: train("sft.py", "sft"),
     "preferences": build_preferences,
@@ -253,8 +266,9 @@ STAGES = {
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--from", dest="first", default="base", choices=list(STAGES), help="first stage (base)")
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument("--from", dest="first", default="base", choices=list(STAGES), help="(base)")
     first = list(STAGES).index(p.parse_args().first)
     for name, stage in list(STAGES.items())[first:]:
         start = time.time()

@@ -32,12 +32,13 @@ def held_out():
 
 def judge(adapter, args, each=1):
     """(statistics, [(prompt, response)]) of one adapter; with each > 1 also the best of each."""
-    policy = ppo.parse_args(["--adapter", args.sft, "--reward", args.reward, "--seed", str(args.seed)])
+    policy = ppo.parse_args(["--adapter", args.sft, "--reward", args.reward])
     common.seed_everything(args.seed)
     model, tokenizer = common.load_model(policy)
     common.load_adapter(model, "policy", adapter)
     common.load_adapter(model, "reference", args.sft)
     reward = common.load_reward(args.reward, model, tokenizer, policy)
+    lora.copy_adapter(model, "reward", "critic")
     generator = torch.Generator().manual_seed(args.seed)
     prompts = held_out()
     random.Random(args.seed).shuffle(prompts)
@@ -48,6 +49,7 @@ def judge(adapter, args, each=1):
     score = torch.cat([part["score"] for part in parts])
     pairs = [(row["prompt"], text) for row, text in zip(rows, texts)]
     gold = torch.tensor([world.gold_score(*pair) for pair in pairs])
+    first = texts[::each][:100]
 
     def mean(key):
         weights = [len(part["score"]) for part in parts]
@@ -58,7 +60,7 @@ def judge(adapter, args, each=1):
         "on topic": sum(world.on_topic(*pair) for pair in pairs) / len(pairs),
         "stops": mean("eos_rate"), "score": score.mean().item(), "score sd": score.std().item(),
         "KL": mean("kl"), "tokens": mean("length"),
-        "top answer": Counter(texts[: 100 * each : each]).most_common(1)[0][1] / len(texts[: 100 * each : each]),
+        "top answer": Counter(first).most_common(1)[0][1] / len(first),
     }
     if each > 1:
         stats["best by gold"] = gold.view(-1, each).max(1).values.mean().item()
@@ -68,7 +70,7 @@ def judge(adapter, args, each=1):
 
 
 def probe(args):
-    """For each flaw, how often the reward model puts a clean friendly answer above a damaged copy."""
+    """For each flaw, how often the reward model prefers a clean answer to its damaged copy."""
     policy = ppo.parse_args(["--reward", args.reward])
     model, tokenizer = common.load_model(policy)
     reward = common.load_reward(args.reward, model, tokenizer, policy)
@@ -91,13 +93,14 @@ def probe(args):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.error = common.fail
     p.add_argument("adapters", nargs="*", help="folders of trained policies")
-    p.add_argument("--sft", default=str(common.TINY / "sft"), help="where they started from (tiny/sft)")
-    p.add_argument("--reward", default=str(common.TINY / "reward_model"), help="(tiny/reward_model)")
-    p.add_argument("--prompts", type=common.whole, default=384, help="held-out prompts to use (384, all)")
-    p.add_argument("--best-of", type=common.whole, default=1, help="samples a prompt of the SFT model (1)")
+    p.add_argument("--sft", default=str(common.TINY / "sft"), help="their start (tiny/sft)")
+    p.add_argument("--reward", default=str(common.TINY / "reward_model"), help="(tiny/...)")
+    p.add_argument("--prompts", type=common.whole, default=384, help="held-out prompts (384, all)")
+    p.add_argument("--best-of", type=common.whole, default=1, help="SFT samples a prompt (1)")
     p.add_argument("--samples", type=int, default=0, help="answers to print of each (0)")
     p.add_argument("--probe", action="store_true", help="only the reward model's table of flaws")
     p.add_argument("--seed", type=int, default=0)

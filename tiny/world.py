@@ -196,7 +196,7 @@ FLAWS = {
     )
 }
 
-# ------------------------------------------------------------------------------ the hidden preference
+# ------------------------------------------------------------------------------ hidden preference
 
 
 def normal(sentence):
@@ -250,7 +250,7 @@ def gold_score(prompt, response):
     for i, sentence in enumerate(sentences):
         kind, about, lead = lookup(sentence)
         leads += lead
-        key = (kind, normal(sentence.split(": ")[-1]))
+        key = (kind, normal(sentence).split(": ")[-1])
         last = i == len(sentences) - 1
         if kind == "unknown":
             faults *= 0.4

@@ -1,0 +1,334 @@
+"""The commands from outside: bad input ends in one line, a run writes what it promises."""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from byte_tokenizer import SIZE, byte_tokenizer
+from conftest import ROOT, TARGETS, toy
+
+import common
+import lora
+import ppo
+import reward_model
+import sft
+
+SCRIPTS = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
+SHORT = ["--max-length", "96", "--eval-size", "2", "--device", "cpu"]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@functools.cache
+def stand_in(kind, folder):
+    """A folder laid out as tiny/, of a toy model and toy data."""
+    model = toy(kind, SIZE)
+    model.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    for name in ("sft", "reward_model"):
+        lora.add_adapter(model, name, rank=4, alpha=8, targets=TARGETS[kind])
+        if name == "reward_model":
+            lora.add_head(model, name)
+        lora.save_adapter(model, name, folder / name, base="tiny/model")
+    split = ["train"] * 12 + ["test"] * 3
+    write(folder / "demonstrations.jsonl", [
+        {"instruction": f"q{i}", "context": "", "response": f"yes {i}", "split": s}
+        for i, s in enumerate(split)])
+    write(folder / "preferences.jsonl", [
+        {"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"no {i}", "p_chosen": 0.8,
+         "split": s} for i, s in enumerate(split)])
+    write(folder / "prompts.jsonl", [{"prompt": f"q{i}", "split": s} for i, s in enumerate(split)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    return {kind: tmp_path_factory.mktemp(kind) for kind in TARGETS}
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def house(request, folders, tmp_path, monkeypatch):
+    """common.TINY is the stand-in, and the working folder is empty."""
+    folder = stand_in(request.param, folders[request.param])
+    monkeypatch.setattr(common, "TINY", folder)
+    monkeypatch.setattr(common.datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def arguments(script, *argv):
+    new = {"reward_model": [], "sft": ["--max-new-tokens", "4"],
+           "ppo": ["--max-new-tokens", "4", "--ppo-epochs", "1"]}
+    return [*SHORT, *new[script], *argv]
+
+
+def refusal(script, argv, capsys, out=None):
+    """The one line on stderr of a run that must end with code 2 and leave nothing."""
+    out = Path("out") if out is None else out
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        SCRIPTS[script].main([*argv, *([] if "--out" in argv else ["--out", str(out)])])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    assert not out.exists() and not Path("runs").exists()
+    return error
+
+
+EVERY = pytest.mark.parametrize("script", list(SCRIPTS))
+
+
+# ------------------------------------------------------------------------------ bad flags
+
+
+@EVERY
+@pytest.mark.parametrize("argv, says", [
+    (["--no-such-flag"], "--no-such-flag"),
+    (["--step", "3"], "--step"),
+    (["--steps", "0"], "--steps"),
+    (["--steps", "-1"], "--steps"),
+    (["--steps", "many"], "--steps"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--lr", "nan"], "--lr"),
+    (["--lr", "-1"], "--lr"),
+    (["--seed", "-1"], "--seed"),
+    (["--device", "abacus"], "--device"),
+    (["--batch-size", "8", "--micro-batch-size", "3"], "--micro-batch-size"),
+    (["--data", "missing.jsonl"], "missing.jsonl"),
+    (["--data", "missing.parquet"], "missing.parquet"),
+    (["--model", "some/model"], "--data"),
+])
+def test_a_bad_flag_is_named(script, argv, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in refusal(script, argv, capsys)
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--batch-size", "8", "--minibatches", "3"], "--minibatches"),
+    (["--temperature", "0"], "--temperature"),
+    (["--max-new-tokens", "64", "--max-length", "64"], "--max-new-tokens"),
+    (["--model", "some/model", "--data", "d.jsonl"], "--reward"),
+])
+def test_a_bad_flag_of_ppo_is_named(argv, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in refusal("ppo", argv, capsys)
+
+
+@EVERY
+def test_an_out_folder_with_files_is_refused_and_kept(script, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    Path("there/mine.txt").write_text("mine")
+    assert "there" in refusal(script, ["--out", "there"], capsys)
+    assert [p.name for p in Path("there").iterdir()] == ["mine.txt"]
+    assert "mine.txt" in refusal(script, ["--out", "there/mine.txt"], capsys)
+    assert Path("there/mine.txt").read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------ bad files
+
+
+@EVERY
+def test_wrong_columns_are_listed_beside_the_accepted_ones(script, capsys, house):
+    write(Path("d.jsonl"), [{"colour": "red"}] * 30)
+    error = refusal(script, ["--data", "d.jsonl"], capsys)
+    assert "colour" in error and "prompt, chosen, rejected" in error
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2\n", "\x00\x01"])
+def test_a_data_file_that_cannot_be_read(text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Path("d.jsonl").write_text(text)
+    assert "d.jsonl" in refusal("sft", ["--data", "d.jsonl"], capsys)
+
+
+@EVERY
+def test_an_unknown_model_folder_is_named(script, capsys, house):
+    argv = ["--model", "./no/such/folder", "--data", str(house / f"{DATA[script]}.jsonl")]
+    argv += ["--reward", str(house / "reward_model")] if script == "ppo" else []
+    assert "no/such/folder" in refusal(script, argv, capsys)
+
+
+DATA = {"sft": "demonstrations", "reward_model": "preferences", "ppo": "prompts"}
+
+
+@EVERY
+def test_a_model_folder_without_a_model_is_named(script, capsys, house):
+    Path("empty").mkdir()
+    argv = ["--model", "empty", "--data", str(house / f"{DATA[script]}.jsonl")]
+    argv += ["--reward", str(house / "reward_model")] if script == "ppo" else []
+    assert "empty" in refusal(script, argv, capsys)
+
+
+@EVERY
+def test_an_adapter_folder_without_an_adapter_is_named(script, capsys, house):
+    Path("empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        assert folder in refusal(script, arguments(script, "--adapter", folder), capsys)
+
+
+@pytest.mark.parametrize("file, content", [
+    ("adapter_config.json", ""), ("adapter_config.json", "{}"),
+    ("adapter_config.json", '{"peft_type": "LORA"}'), ("adapter_model.safetensors", ""),
+    ("adapter_model.safetensors", "not a tensor, but more than eight bytes"),
+])
+def test_a_damaged_adapter_is_named(file, content, capsys, house):
+    Path("bad").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        Path("bad", name).write_bytes((house / "reward_model" / name).read_bytes())
+    Path("bad", file).write_text(content)
+    assert "bad" in refusal("sft", arguments("sft", "--adapter", "bad"), capsys)
+    assert "bad" in refusal("ppo", arguments("ppo", "--reward", "bad"), capsys)
+
+
+@EVERY
+def test_unknown_lora_targets_are_named(script, capsys, house):
+    argv = arguments(script, "--adapter", "none", "--lora-targets", "no_such_layer")
+    assert "no_such_layer" in refusal(script, argv, capsys)
+
+
+@pytest.mark.parametrize("script", ["sft", "reward_model"])
+def test_data_of_which_nothing_fits_is_refused(script, capsys, house):
+    argv = ["--max-length", "3", "--max-new-tokens", "2"][: 4 if script == "sft" else 2]
+    assert "--max-length" in refusal(script, argv, capsys)
+
+
+# ------------------------------------------------------------------------------ bad rewards
+
+REWARD = """
+import math
+def count(prompts, responses, rows): return [1.0] * (len(responses) + 1)
+def none_at_all(prompts, responses, rows): return []
+def nan(prompts, responses, rows): return [math.nan] * len(responses)
+def infinite(prompts, responses, rows): return [math.inf] * len(responses)
+def strings(prompts, responses, rows): return ["good"] * len(responses)
+def nothing(prompts, responses, rows): pass
+constant = 3
+"""
+
+
+@pytest.mark.parametrize("function, says", [
+    ("count", "3 scores for 2"), ("none_at_all", "0 scores for 2"), ("nan", "nan"),
+    ("infinite", "inf"), ("strings", "numbers"), ("nothing", "numbers"),
+    ("missing", "missing"), ("constant", "constant"), ("", "function"),
+])
+def test_a_bad_reward_function_is_named(function, says, capsys, house):
+    Path("r.py").write_text(REWARD)
+    argv = arguments("ppo", "--reward", f"r.py:{function}", "--batch-size", "2")
+    assert says in refusal("ppo", argv, capsys)
+
+
+@pytest.mark.parametrize("text", ["def f(:\n", "import no_such_module\n", "1 / 0\n"])
+def test_a_reward_file_that_does_not_run_is_named(text, capsys, house):
+    Path("r.py").write_text(text)
+    assert "r.py" in refusal("ppo", arguments("ppo", "--reward", "r.py:f"), capsys)
+
+
+def test_a_missing_reward_is_named(capsys, house):
+    Path("empty").mkdir()
+    for reward in ("nowhere.py:f", "empty", "./no/such/folder"):
+        name = reward.partition(":")[0]
+        assert name in refusal("ppo", arguments("ppo", "--reward", reward), capsys)
+
+
+def test_a_reward_adapter_without_head_or_of_another_base_is_refused(capsys, house):
+    argv = arguments("ppo", "--reward", str(house / "sft"))
+    assert "head" in refusal("ppo", argv, capsys)
+    Path("other").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        Path("other", name).write_bytes((house / "reward_model" / name).read_bytes())
+    config = json.loads(Path("other/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "some/other-model"
+    Path("other/adapter_config.json").write_text(json.dumps(config))
+    error = refusal("ppo", arguments("ppo", "--reward", "other"), capsys)
+    assert "some/other-model" in error
+
+
+# ------------------------------------------------------------------------------ short runs
+
+ALWAYS = {"step", "seconds", "loss", "grad_norm", "lr"}
+KEYS = {
+    "sft": ALWAYS,
+    "reward_model": ALWAYS | {"accuracy", "margin"},
+    "ppo": ALWAYS | {"score", "score_std", "kl", "entropy", "eos_rate", "length", "ratio_max",
+                     "clip_fraction", "approx_kl", "explained_variance"},
+}
+RUN = "--steps 2 --batch-size 4 --micro-batch-size 2 --lr 0.01 --out out".split()
+
+
+def check_run(script, out, base):
+    """What design section 4 promises of a run of two steps."""
+    config = json.loads((out / "config.json").read_text())
+    assert config["steps"] == 2 and config["seed"] == 0 and config["batch_size"] == 4
+    assert config["torch"] == torch.__version__ and "transformers" in config
+    rows = lines(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert KEYS[script] <= row.keys()
+        numbers = [v for v in row.values() if isinstance(v, (int, float))]
+        assert all(math.isfinite(v) for v in numbers)
+        assert row["seconds"] > 0 and row["grad_norm"] > 0 and 0 < row["lr"] <= 0.01
+    if script == "sft":
+        assert all({"perplexity", "rouge_l"} <= row.keys() for row in rows)
+    sides = ("chosen", "rejected") if script == "reward_model" else ("response",)
+    samples = lines(out / "samples.jsonl")
+    assert samples and all({"prompt", "score", *sides} <= row.keys() for row in samples)
+    adapter = json.loads((out / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == base
+    assert (adapter["task_type"] == "SEQ_CLS") == (script == "reward_model")
+    assert (out / "adapter_model.safetensors").is_file()
+
+
+@EVERY
+def test_a_run_writes_what_it_promises_and_its_seed_repeats_it(script, capsys, house):
+    for out in ("out", "again"):
+        SCRIPTS[script].main(arguments(script, *RUN, "--out", out, "--save-every", "1"))
+    assert "before" in capsys.readouterr().out
+    check_run(script, Path("out"), "tiny/model")
+    one, two = (lines(Path(out, "metrics.jsonl")) for out in ("out", "again"))
+    for row in one + two:
+        del row["seconds"]
+    assert one == two
+    model = toy("gpt2" if "gpt2" in house.name else "llama", SIZE)
+    saved = {"s1": "out/step-1", "s2": "out/step-2", "end": "out", "again": "again"}
+    for name, folder in saved.items():
+        lora.load_adapter(model, name, folder)
+    first, second, end, again = (lora.adapter_parameters(model, name) for name in saved)
+    assert any(not torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(second, end, again))
+
+
+@EVERY
+def test_a_run_with_the_shipped_model(script, capsys, tmp_path, monkeypatch):
+    adapters = {"sft": [], "reward_model": ["sft"], "ppo": ["sft", "reward_model"]}[script]
+    needed = ["model", f"{DATA[script]}.jsonl", *adapters]
+    missing = [name for name in needed if not (ROOT / "tiny" / name).exists()]
+    if missing:
+        pytest.skip(f"tiny/ has no {', '.join(missing)}")
+    monkeypatch.chdir(tmp_path)
+    SCRIPTS[script].main(arguments(script, *RUN, "--max-length", "400"))
+    check_run(script, Path("out"), "tiny/model")
+
+
+def test_the_out_of_sft_is_an_adapter_for_the_next_scripts(house):
+    sft.main(arguments("sft", *RUN, "--out", "first"))
+    reward_model.main(arguments("reward_model", *RUN, "--out", "second", "--adapter", "first"))
+    ppo.main(arguments("ppo", *RUN, "--out", "third", "--adapter", "first", "--reward", "second"))
+    check_run("ppo", Path("third"), "tiny/model")
+
+
+def test_ppo_with_a_function_and_without_an_adapter(house):
+    Path("r.py").write_text("def f(prompts, responses, rows): return [len(r) for r in responses]")
+    ppo.main(arguments("ppo", *RUN, "--reward", "r.py:f", "--adapter", "none", "--kl-target", "1"))
+    check_run("ppo", Path("out"), "tiny/model")
