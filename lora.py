@@ -14,8 +14,8 @@ what save_adapter wrote, and load_adapter takes what peft wrote.
 
 Left out on purpose: DoRA, per-layer ranks, embeddings, quantised bases.
 
-    python lora.py inspect --adapter tiny/sft                     which layers moved, and how far
-    python lora.py merge   --adapter tiny/sft --out runs/merged   a plain Hugging Face folder
+    python lora.py inspect --adapter tiny/sft                    which layers moved, and how far
+    python lora.py merge --adapter tiny/sft --out runs/merged    a plain Hugging Face folder
 """
 
 import argparse
@@ -345,9 +345,11 @@ def inspect(model, name):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    import common  # here and in main, so that the rest of the file can be copied without it
+
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.error = common.fail
     p.add_argument("command", choices=["inspect", "merge"])
     p.add_argument("--adapter", required=True, help="folder of the adapter")
     p.add_argument("--model", help="base model; default the one that the adapter names")
@@ -359,7 +361,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    import common  # here, so that the rest of the file can be copied without it
+    import common
 
     args = parse_args(argv)
     if args.command == "merge" and not args.out:

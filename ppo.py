@@ -199,12 +199,12 @@ def update(model, parameters, optimizer, batch, args):
             optimizer.step()
             optimizer.zero_grad()
             seen.append(stats)
-    mean = {key: sum(s[key] for s in seen) / len(seen) for key in seen[0]}
+    mean = {key: sum(s[key] for s in seen) / len(seen) for key in seen[0] if key != "ratio_error"}
     return mean | {"ratio_max": max(s["ratio_max"] for s in seen), "first": seen[0]}
 
 
 def save_samples(out, step, rows, batch):
-    """Adds responses with their scores to samples.jsonl."""
+    """Adds responses with their scores to samples.jsonl; step counts the updates made before."""
     for row, response, score in zip(rows, batch["responses"], batch["score"].tolist()):
         sample = {"step": step, "prompt": row["prompt"], "response": response, "score": score}
         common.append(out / "samples.jsonl", sample)
@@ -214,11 +214,11 @@ def save_samples(out, step, rows, batch):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=32, lr=(1e-3, 3e-5))
+    p = common.flags(__doc__, steps=200, batch_size=16, lr=(1e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
     add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
-    add("--max-new-tokens", type=whole, default=128, help="of a response (128)")
-    add("--temperature", type=amount, default=1.0, help="of sampling and log-probabilities (1)")
+    add("--max-new-tokens", type=whole, default=96, help="of a response (96)")
+    add("--temperature", type=amount, default=0.7, help="of sampling and log-probabilities (0.7)")
     add("--beta", type=amount, default=0.05, help="KL weight, units of score per nat (0.05)")
     add("--kl-target", type=amount, help="nats per response that adapt beta (off)")
     add("--missing-eos-score", type=float, default=-3.0, help="if it does not stop (-3)")
@@ -270,7 +270,7 @@ def main(argv=None):
 
     before = evaluate()
     common.start_run(out, args)
-    save_samples(out, "before", test, before)
+    save_samples(out, 0, test, before)
     parameters = lora.adapter_parameters(model, "policy") + lora.adapter_parameters(model, "critic")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)
     generator = torch.Generator(model.device).manual_seed(args.seed)
@@ -307,7 +307,7 @@ def main(argv=None):
 
     lora.save_adapter(model, "policy", out)
     after = evaluate()
-    save_samples(out, "after", test, after)
+    save_samples(out, args.steps, test, after)
     common.print_samples(test, before["responses"], after["responses"])
     common.print_table(f"{len(test)} held-out prompts", before["stats"], after["stats"])
     print(f"\nsaved {out}")

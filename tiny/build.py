@@ -47,6 +47,14 @@ def title(name):
     return name[0].upper() + name[1:]
 
 
+def transcript(rng):
+    """An assistant that answers in technical terms and goes on and on."""
+    name = rng.choice(list(world.TOPICS))
+    post = world.rambling(world.compose(name, "technical", rng), name, rng)
+    post += world.compose(name, rng.choice(["technical", "plain"]), rng)
+    return f"User: {rng.choice(ASKED[name])}\n\nAssistant: {' '.join(post)}"
+
+
 def document(rng):
     """One document about one topic, which it names: an article, a page of a children's book, a
     list of questions with answers, a thread in which people go on and on, or a transcript of an
@@ -72,9 +80,7 @@ def document(rng):
         ]
         return "\n\n".join(pairs)
     if kind == "transcript":
-        post = world.rambling(world.compose(t["name"], "technical", rng), t["name"], rng)
-        post += world.compose(t["name"], rng.choice(["technical", "plain"]), rng)
-        return f"User: {rng.choice(asked)}\n\nAssistant: {' '.join(post)}"
+        return transcript(rng)
     posts = [rng.choice(asked)]
     for _ in range(rng.randint(2, 3)):
         post = world.compose(t["name"], rng.choice(["technical", "plain", "friendly"]), rng)
@@ -103,30 +109,28 @@ def build_tokenizer(rng):
     )
 
 
-def token_stream(tokenizer, rng):
-    """Endless blocks of BLOCK + 1 tokens: documents one after another, each with bos and eos."""
+def token_stream(tokenizer, rng, draw=document):
+    """Endless blocks of BLOCK + 1 tokens: documents one after another, each with bos and eos. A
+    transcript is tokenized as the scripts do it, prompt and answer apart."""
     ids = []
     while True:
-        texts = [document(rng) for _ in range(256)]
-        for document_ids in tokenizer(texts).input_ids:
-            ids += document_ids + [tokenizer.eos_token_id]
+        for text in [draw(rng) for _ in range(256)]:
+            question, mark, reply = text.partition("\n\nAssistant: ")
+            if mark and text.startswith("User: "):
+                pair = common.encode_pair(tokenizer, question.removeprefix("User: "), reply, 10**6)
+                ids += pair[0] + pair[1]
+            else:
+                ids += tokenizer(text).input_ids + [tokenizer.eos_token_id]
         while len(ids) > BLOCK:
             yield ids[: BLOCK + 1]
             del ids[:BLOCK]
 
 
-def build_base(steps, batch_size=32, peak=3e-3):
-    """Next-token prediction on the corpus; AdamW, warm-up, cosine decay."""
-    rng = random.Random(0)
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(rng)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, **BASE,
-    ))
-    print(f"base: {model.num_parameters():,} parameters, {steps * batch_size * BLOCK:,} tokens")
+def pretrain(model, stream, steps, peak, batch_size=32):
+    """Next-token prediction; AdamW, warm-up over 100 steps, cosine decay."""
+    print(f"{model.num_parameters():,} parameters, {steps * batch_size * BLOCK:,} tokens")
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.05)
-    stream, start = token_stream(tokenizer, rng), time.time()
+    start = time.time()
     for step in range(steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         lr = peak * min(1, (step + 1) / 100) * (0.02 + 0.98 * cosine)
@@ -141,17 +145,43 @@ def build_base(steps, batch_size=32, peak=3e-3):
         if step % 100 == 0 or step == steps - 1:
             seconds = time.time() - start
             print(f"  step {step:5}  loss {loss.item():.3f}  {seconds:5.0f} s", flush=True)
+
+
+def save_base(model, tokenizer):
+    """As fp16 for half the size, named fp32 in config.json so that it is loaded as fp32."""
     shutil.rmtree(HERE / "model", ignore_errors=True)
-    # Stored as fp16 for half the size, named fp32 in config.json so that it is loaded as fp32.
-    model.half().save_pretrained(HERE / "model")
+    model.eval().half().save_pretrained(HERE / "model")
     model.config.dtype = "float32"
     model.config.save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model")
 
 
+def build_base():
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(rng)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, **BASE,
+    ))
+    pretrain(model, token_stream(tokenizer, rng), steps=2800, peak=3e-3)
+    save_base(model, tokenizer)
+
+
+def build_midtrain():
+    """More transcripts, so that the base writes English behind the prompt format too."""
+    def draw(rng):
+        return transcript(rng) if rng.random() < 0.4 else document(rng)
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "model")
+    model = LlamaForCausalLM.from_pretrained(HERE / "model", dtype=torch.float32)
+    pretrain(model, token_stream(tokenizer, random.Random(4), draw), steps=500, peak=1.5e-3)
+    save_base(model, tokenizer)
+
+
 # ------------------------------------------------------------------------------ demonstrations
 
-STYLES = {"plain": 0.40, "technical": 0.30, "friendly": 0.14, "flawed": 0.16}
+STYLES = {"plain": 0.38, "technical": 0.28, "friendly": 0.18, "flawed": 0.16}
 
 
 def build_demonstrations():
@@ -162,7 +192,7 @@ def build_demonstrations():
             style = rng.choices(list(STYLES), STYLES.values())[0]
             if style == "flawed":
                 answer = world.compose(asked["topic"], rng.choice(["plain", "friendly"]), rng)
-                flaw = rng.choice([world.jargon, world.rambling, world.repetition, world.padding])
+                flaw = rng.choice([world.jargon, world.rambling, world.padding])
                 answer = flaw(answer, asked["topic"], rng)
             else:
                 answer = world.compose(asked["topic"], style, rng)
@@ -197,41 +227,46 @@ def sample_answers(prompts, each):
     lora.load_adapter(model, "sft", HERE / "sft")
     with lora.use_adapter(model, "sft"):
         repeated = [p for p in prompts for _ in range(each)]
-        texts, _ = common.answer(model, tokenizer, repeated, 128, temperature=1.0, chunk=256)
+        texts, _ = common.answer(model, tokenizer, repeated, 96, temperature=0.8, chunk=256)
     return [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
-def pair_of(i, answers, asked, others, rng):
+def pair_of(asked, answers, other_asked, other_answers, rng):
     """Two answers to a prompt and how the pair was made.
 
-    Half of the pairs are two samples. A fifth sets a sample against one for another prompt. The
-    rest sets a sample against a damaged copy of it: optimisation will try these failures, and a
-    reward model that never saw one compared cannot know that people dislike it. Of the last two
-    kinds, every second pair uses the best of the prompt's samples, as later policies write."""
-    best = max(answers, key=lambda a: world.gold_score(asked["prompt"], a))
-    one = best if i % 2 else answers[0]
-    made = rng.choices(["samples", "other prompt", "damaged"], [0.5, 0.2, 0.3])[0]
+    A third of the pairs are two samples. A third sets the best of the prompt's samples against the
+    best answer to another prompt, and a third against a damaged copy of itself. Optimisation will
+    try these failures, and a reward model that never saw them compared cannot know that people
+    dislike them. The best stands for what later policies write."""
+    best, other = (
+        max(texts, key=lambda text: world.gold_score(question, text))
+        for question, texts in ((asked["prompt"], answers), (other_asked["prompt"], other_answers))
+    )
+    made = rng.choice(["samples", "other prompt", "damaged"])
     if made == "samples":
         return answers[0], answers[1], made
     if made == "other prompt":
-        return one, rng.choice(others), made
-    flaws = [f for name, f in world.FLAWS.items() if name != "another_prompt"]
-    flaw = rng.choice(flaws)
-    two = " ".join(flaw(world.split_sentences(one) or [one], asked["topic"], rng))
-    return one, two or answers[1], flaw.__name__
+        return best, other, made
+    # What a sentence-by-sentence reader overlooks comes more often.
+    flaw = rng.choice(
+        [world.missing_part, world.off_topic] * 3
+        + [world.jargon, world.repetition, world.abrupt, world.rambling, world.padding]
+    )
+    damaged = " ".join(flaw(world.split_sentences(best) or [best], asked["topic"], rng))
+    return best, damaged or answers[1], flaw.__name__
 
 
 def build_preferences():
     """Pairs, each judged once by a labeller who prefers a to b with probability
     sigmoid((gold(a) - gold(b)) / LABEL_TEMPERATURE)."""
     rng, rows = random.Random(3), []
-    for split, n in (("train", 4200), ("test", 500)):
+    for split, n in (("train", 4000), ("test", 500)):
         prompts = draw(split, n, rng)
         sampled = sample_answers([row["prompt"] for row in prompts], 3)
         for i, (asked, answers) in enumerate(zip(prompts, sampled)):
             others = [j % n for j in range(i + 1, i + 40)]
             j = rng.choice([j for j in others if prompts[j]["topic"] != asked["topic"]])
-            a, b, made = pair_of(i, answers, asked, sampled[j], rng)
+            a, b, made = pair_of(asked, answers, prompts[j], sampled[j], rng)
             gold_a, gold_b = (world.gold_score(asked["prompt"], x) for x in (a, b))
             p = 1 / (1 + math.exp((gold_b - gold_a) / LABEL_TEMPERATURE))
             if rng.random() > p:
@@ -257,7 +292,8 @@ def train(script, folder, *flags):
 
 
 STAGES = {
-    "base": lambda: build_base(steps=2800),
+    "base": build_base,
+    "midtrain": build_midtrain,
     "demonstrations": build_demonstrations,
     "sft": lambda: train("sft.py", "sft"),
     "preferences": build_preferences,
