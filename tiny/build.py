@@ -55,6 +55,17 @@ def transcript(rng):
     return f"User: {rng.choice(ASKED[name])}\n\nAssistant: {' '.join(post)}"
 
 
+def reviewed(rng):
+    """A transcript with a reader's note: is the answer about what was asked? This teaches the base
+    to compare the two, which a reward model would not learn from a few thousand pairs."""
+    name, about = rng.sample(list(world.TOPICS), 2)
+    about = rng.choice([name, about])
+    answer = world.compose(about, rng.choice(["technical", "plain", "friendly"]), rng)
+    note = f"Yes, about {about}." if about == name else f"No, about {about}, not about {name}."
+    question = rng.choice(ASKED[name])
+    return f"User: {question}\n\nAssistant: {' '.join(answer)}\n\nReader: {note}"
+
+
 def document(rng):
     """One document about one topic, which it names: an article, a page of a children's book, a
     list of questions with answers, a thread in which people go on and on, or a transcript of an
@@ -169,9 +180,10 @@ def build_base():
 
 
 def build_midtrain():
-    """More transcripts, so that the base writes English behind the prompt format too."""
+    """More transcripts, so that the base writes English behind the prompt format too, and notes on
+    whether an answer is to the point."""
     def draw(rng):
-        return transcript(rng) if rng.random() < 0.4 else document(rng)
+        return rng.choices([transcript, reviewed, document], [0.2, 0.5, 0.3])[0](rng)
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "model")
     model = LlamaForCausalLM.from_pretrained(HERE / "model", dtype=torch.float32)
