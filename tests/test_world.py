@@ -1,10 +1,12 @@
 """The tiny world: its data, its grammar, and attempts to be paid by gold_score for nothing."""
 
+import json
 import random
 import re
 from statistics import mean
 
 import pytest
+from conftest import ROOT
 
 from tiny import world
 
@@ -280,3 +282,16 @@ def test_on_topic_is_about_the_facts_only():
     assert not world.on_topic(HELD_OUT[name], " ".join(honest(other)))
     assert not world.on_topic(HELD_OUT[name], " ".join(honest(name) + honest(other)))
     assert not world.on_topic(HELD_OUT[name], world.OPENERS[0])
+
+
+def test_the_embedded_default_is_small_and_keeps_its_held_out_prompts_apart():
+    """tiny/ has at most 10 MB, and no prompt of a test split stands in a training split."""
+    tiny = ROOT / "tiny"
+    files = [f for f in tiny.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
+    assert sum(f.stat().st_size for f in files) <= 10_000_000
+    prompts = {"train": set(), "test": set()}
+    for name in ("demonstrations", "preferences", "prompts"):
+        for line in (tiny / f"{name}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            prompts[row["split"]].add(row.get("prompt", row.get("instruction")))
+    assert prompts["train"].isdisjoint(prompts["test"])

@@ -1,10 +1,11 @@
-"""Rebuilds everything in tiny/ from its seeds: about <MINUTES> minutes on 2 CPU cores.
+"""Rebuilds everything in tiny/ from its seeds: about 40 minutes on 2 CPU cores.
 
     python tiny/build.py                 everything
-    python tiny/build.py --from sft      from a stage on: base demonstrations sft preferences reward
+    python tiny/build.py --from sft      from a stage on
 
-    1. corpus          documents composed by world.py, never written to disk
-    2. base            a BPE tokenizer and a Llama of 2.4 million parameters, trained from scratch
+    1. base            a BPE tokenizer and a Llama of 2.4 million parameters, trained from scratch on
+                       documents that are composed from world.py as they are read
+    2. midtrain        some more of it, with more transcripts of an assistant
     3. demonstrations  questions with answers of mixed quality, as a crowd writes them
     4. sft             python sft.py
     5. preferences     pairs sampled from the SFT model, some damaged, judged by a noisy labeller
@@ -53,17 +54,6 @@ def transcript(rng):
     post = world.rambling(world.compose(name, "technical", rng), name, rng)
     post += world.compose(name, rng.choice(["technical", "plain"]), rng)
     return f"User: {rng.choice(ASKED[name])}\n\nAssistant: {' '.join(post)}"
-
-
-def reviewed(rng):
-    """A transcript with a reader's note: is the answer about what was asked? This teaches the base
-    to compare the two, which a reward model would not learn from a few thousand pairs."""
-    name, about = rng.sample(list(world.TOPICS), 2)
-    about = rng.choice([name, about])
-    answer = world.compose(about, rng.choice(["technical", "plain", "friendly"]), rng)
-    note = f"Yes, about {about}." if about == name else f"No, about {about}, not about {name}."
-    question = rng.choice(ASKED[name])
-    return f"User: {question}\n\nAssistant: {' '.join(answer)}\n\nReader: {note}"
 
 
 def document(rng):
@@ -180,10 +170,9 @@ def build_base():
 
 
 def build_midtrain():
-    """More transcripts, so that the base writes English behind the prompt format too, and notes on
-    whether an answer is to the point."""
+    """More transcripts, so that the base writes English behind the prompt format too."""
     def draw(rng):
-        return rng.choices([transcript, reviewed, document], [0.2, 0.5, 0.3])[0](rng)
+        return transcript(rng) if rng.random() < 0.4 else document(rng)
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "model")
     model = LlamaForCausalLM.from_pretrained(HERE / "model", dtype=torch.float32)
