@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import SIZE, byte_tokenizer
-from conftest import ROOT, TARGETS, toy
+from conftest import TARGETS, toy
 
 import common
 import lora
