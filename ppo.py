@@ -101,7 +101,7 @@ def value_loss(values, values_old, ret, mask, eps):
     """Half the squared error of the critic, clipped around the values of the rollout. (PPO.8)
 
     All [B, R]; eps in units of value. Returns a scalar, the mean over real tokens. The clipping
-    stands in no paper; it comes from OpenAI's baselines."""
+    is not in the PPO paper; it comes from OpenAI's baselines."""
     clipped = values_old + (values - values_old).clamp(-eps, eps)
     error = torch.max((values - ret).square(), (clipped - ret).square())
     return 0.5 * masked_mean(error, mask)  # (PPO.8)
