@@ -8,12 +8,16 @@ import pytest
 from conftest import ROOT
 
 import common
+import dpo
+import grpo
 import lora
 import ppo
 import reward_model
 import sft
+import trpo
 
-SCRIPTS = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "lora": lora, "common": common}
+SCRIPTS = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "trpo": trpo, "grpo": grpo,
+           "dpo": dpo, "lora": lora, "common": common}
 PAGES = ["README.md", "tiny/README.md", *(f"{name}.py" for name in SCRIPTS)]
 
 
@@ -31,15 +35,15 @@ def test_every_command_of_the_documentation_parses(page, command):
         SCRIPTS[file.removesuffix(".py")].parse_args(flags)
 
 
-@pytest.mark.parametrize("name", ["sft", "reward_model", "ppo", "lora"])
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "common"])
 def test_every_numbered_equation_is_cited_where_it_is_computed(name):
     head, code = SCRIPTS[name].__doc__, (ROOT / f"{name}.py").read_text()
-    tags = re.findall(r"^    \(([A-Z]+\.\d)\)", head, re.M)
+    tags = re.findall(r"^    \(([A-Z]+\.\d+)\)", head, re.M)
     body = code.replace(head, "")
     assert tags
     for tag in tags:
         assert f"({tag})" in body, tag
-    assert set(re.findall(r"\(([A-Z]+\.\d)\)", body)) <= set(tags)
+    assert set(re.findall(r"\(([A-Z]+\.\d+)\)", body)) <= set(tags)
 
 
 @pytest.mark.parametrize("page", PAGES)

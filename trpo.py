@@ -1,0 +1,430 @@
+"""TRPO for a language model: the largest step that keeps the policy near itself, measured as a
+distance between distributions and not between weights (Schulman et al. 2015, arXiv:1502.05477).
+
+One token is one action, the text so far is the state. With log-probabilities of the sampled token:
+
+    (TRPO.1)   R_t = -beta (log pi_old - log pi_ref)_t  + [t last] score    the KL in the reward
+    (TRPO.2)   A_t = delta_t + gamma lambda A_{t+1},  delta_t = R_t + gamma V_{t+1} - V_t    GAE
+    (TRPO.3)   G_t = A_t + V_t                                           what the critic learns
+    (TRPO.4)   A <- (A - mean A) / sqrt(var A + 1e-8)                    over all tokens
+    (TRPO.5)   L(theta) = mean pi(y_t) / pi_old(y_t) A_t                 the surrogate
+    (TRPO.6)   D(theta) = mean_t sum_v pi_old(v) log(pi_old(v) / pi(v))  exact, nats per token
+
+TRPO maximises L where D <= delta. Near theta_old L is linear with gradient g, and D is quadratic
+with the Fisher matrix F as its Hessian, so that the best step has the direction F^-1 g:
+
+    (TRPO.7)   F v = grad((grad D) . v)                  F itself is never formed
+    (TRPO.8)   s = (F + damping)^-1 g                    by conjugate gradient
+    (TRPO.9)   length = sqrt(2 delta / s F s)            where 1/2 s F s is delta
+    (TRPO.10)  theta = theta_old + 0.8^j length s        the first j = 0, 1, ... at which L has
+                                                         risen and D <= 1.5 delta, else none
+    (TRPO.11)  L_V = mean 1/2 (V - G)^2                  the critic, by gradient descent
+
+F has as many rows as LoRA has parameters and a rank of at most the tokens looked at times the
+vocabulary; with B = 0 all its rows for A are zero. Without damping (TRPO.8) has no solution. The
+direction may come from a part of the batch (--fisher-rows); its length is then measured, without
+damping, on the whole batch.
+
+delta is per token. An answer of T tokens may move by about T delta in a step; both are printed. The
+paper's bound on how far L may be from the truth has the factor gamma / (1 - gamma)^2: at gamma = 1
+it says nothing. For answers of at most H tokens the same argument ends at H (H - 1) max|A| max D.
+
+Left out on purpose: a KL penalty in place of the constraint, and the value function's own trust
+region.
+
+    python trpo.py --steps 200
+    python trpo.py --max-kl 0.002 --reward tiny/world.py:gold_reward
+"""
+
+import time
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import common
+import lora
+
+# ------------------------------------------------------------------------------ the mathematics
+
+
+def token_logps(logits, ids, temperature=1.0):
+    """log pi(y_t) of each sampled token under softmax(logits / temperature), in fp32.
+
+    logits [B, R, V] that predict ids [B, R]. Returns [B, R], nats."""
+    logits = logits.float() / temperature
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def masked_mean(x, mask):
+    """Mean of x over the real tokens; both [B, R]."""
+    return (x * mask).sum() / mask.sum()
+
+
+def kl_shaped_rewards(score, logp, logp_ref, mask, beta):
+    """The reward of each token: a KL penalty everywhere, the score at the last real token. (TRPO.1)
+
+    score [B]; logp, logp_ref, mask [B, R]; beta in units of score per nat. Returns [B, R], detached
+    and 0 on padding. Raises ValueError if a response has no token.
+    Source: arXiv:1909.08593, Eq. 2; arXiv:2203.02155, Eq. 2."""
+    if (mask.sum(1) < 1).any():
+        raise ValueError("a response has no token: nothing can carry its score")
+    rewards = -beta * (logp - logp_ref) * mask
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1, keepdim=True)
+    return rewards.scatter_add(1, last, score.unsqueeze(1).to(rewards.dtype)).detach()
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation. (TRPO.2), (TRPO.3)
+
+    rewards, values, mask [B, R], real tokens first. Nothing is bootstrapped beyond the last real
+    token: the value of the end is 0. Returns (adv, ret), both [B, R] and 0 on padding; ret is taken
+    before any whitening. Source: arXiv:1506.02438, Eq. 16."""
+    adv, running = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    v_next = torch.zeros_like(running)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * v_next - values[:, t]
+        running = mask[:, t] * (delta + gamma * lam * running)  # (TRPO.2)
+        v_next = mask[:, t] * values[:, t]
+        adv[:, t] = running
+    return adv, (adv + values) * mask  # (TRPO.3)
+
+
+def whiten(x, mask):
+    """x with mean 0 and (biased) variance 1 over all real tokens, 0 on padding. (TRPO.4)"""
+    mean = masked_mean(x, mask)
+    var = masked_mean((x - mean).square(), mask)
+    return (x - mean) * (var + 1e-8).rsqrt() * mask
+
+
+def surrogate(logp, logp_old, adv, mask):
+    """What the new policy would gain on the answers of the old one, to be increased. (TRPO.5)
+
+    All [B, R], logp with gradient. Returns a scalar, the mean over real tokens; its gradient at
+    logp = logp_old is the policy gradient. Source: arXiv:1502.05477, Eq. 14."""
+    ratio = ((logp - logp_old) * mask).exp()  # 1 on padding, where exp could overflow
+    return masked_mean(ratio * adv, mask)  # (TRPO.5)
+
+
+def mean_kl(logits_old, logits, mask):
+    """Exact KL(old || new), summed over the vocabulary, mean over real tokens, nats. (TRPO.6)
+
+    logits_old, logits [B, R, V], already divided by the temperature; mask [B, R]. Returns a scalar.
+    Source: arXiv:1502.05477, Eq. 12."""
+    old, new = logits_old.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return masked_mean((old.exp() * (old - new)).sum(-1), mask)
+
+
+def value_loss(values, ret, mask):
+    """Half the squared error of the critic, mean over real tokens; all [B, R]. (TRPO.11)"""
+    return 0.5 * masked_mean((values - ret).square(), mask)
+
+
+def flatten(tensors):
+    """One vector of all the numbers in a list of tensors."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def fisher_vector_product(kl, params, v, damping):
+    """(F + damping) v, where F is the Hessian of `kl` by `params`. (TRPO.7)
+
+    kl: scalar with graph, mean_kl(logits.detach(), logits, mask), at whose minimum the Hessian is
+    the Fisher matrix; params: list of tensors; v: vector of as many numbers. Returns a vector. The
+    graph stays, for the next v. Needs an attention kernel that can be differentiated twice.
+    Source: arXiv:1502.05477, appendix C.1; Pearlmutter 1994."""
+    grad = torch.autograd.grad(kl, params, create_graph=True)
+    product = torch.autograd.grad(flatten(grad) @ v, params, retain_graph=True)
+    return flatten(product) + damping * v  # (TRPO.7)
+
+
+def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
+    """Solves M x = b for a symmetric positive definite M, known by matvec(x) = M x. (TRPO.8)
+
+    Stops after iters products, or once |b - M x|^2 < tol. Returns x; exact after as many products
+    as b has numbers. Source: Hestenes and Stiefel 1952."""
+    x, r = torch.zeros_like(b), b.clone()
+    p, rr = r.clone(), r @ r
+    for _ in range(iters):
+        if rr < tol:
+            break
+        Mp = matvec(p)
+        alpha = rr / (p @ Mp)
+        x, r = x + alpha * p, r - alpha * Mp
+        rr, rr_old = r @ r, rr
+        p = r + rr / rr_old * p
+    return x
+
+
+def step_length(sFs, max_kl):
+    """How far to go along s: the length at which 1/2 s F s is max_kl; 0 where s F s is not a
+    positive number. (TRPO.9)"""
+    return (2 * max_kl / sFs) ** 0.5 if 0 < sFs < float("inf") else 0.0
+
+
+def token_entropy(logits, temperature=1.0):
+    """Entropy [B, R] of softmax(logits / temperature), logits [B, R, V], nats."""
+    logp = (logits.float() / temperature).log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def explained_variance(values, ret, mask):
+    """1 - Var(ret - values) / Var(ret) over real tokens, all [B, R]: 1 for a perfect critic, 0 for
+    a constant one."""
+    real = mask.bool()
+    unexplained = (ret - values)[real].var(unbiased=False)
+    return 1 - (unexplained / ret[real].var(unbiased=False).clamp(min=1e-8)).item()
+
+
+# ------------------------------------------------------------------------------ rollout
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, rows, reward, generator, args):
+    """One response to each row's prompt, with all that does not change during the update.
+
+    Sampling and log-probabilities use the same temperature. A response that did not stop by itself
+    scores --missing-eos-score, whatever the reward makes of its torso."""
+    stop, room = common.stop_ids(model, tokenizer), args.max_length - args.max_new_tokens
+    prompts = [common.encode_prompt(tokenizer, r["prompt"])[-room:] for r in rows]
+    with lora.use_adapter(model, "policy"):
+        ids, attention, mask = common.sample(
+            model, prompts, stop, args.max_new_tokens, args.temperature, generator)
+    R = mask.shape[1]
+    y, found = ids[:, -R:], []
+    for part in torch.arange(len(ids)).split(args.micro_batch_size):
+        with lora.use_adapter(model, "policy"):
+            logits = common.response_logits(model, ids[part], attention[part], R)
+        logp = token_logps(logits, y[part], args.temperature)
+        entropy = token_entropy(logits, args.temperature)
+        with lora.use_adapter(model, "reference" if args.adapter else None):
+            logits = common.response_logits(model, ids[part], attention[part], R)
+        logp_ref = token_logps(logits, y[part], args.temperature)
+        values = common.response_values(model, "critic", ids[part], attention[part], R)
+        found.append((logp, logp_ref, entropy, values * mask[part]))
+    logp, logp_ref, entropy, values = (torch.cat(x) for x in zip(*found))
+    responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
+    score = reward(ids, attention, [r["prompt"] for r in rows], responses, rows)
+    score = torch.where(ended, score, torch.full_like(score, args.missing_eos_score))
+    stats = {
+        "score": score.mean().item(), "score_std": score.std(unbiased=False).item(),
+        "kl": ((logp - logp_ref) * mask).sum(1).mean().item(),
+        "entropy": masked_mean(entropy, mask).item(),
+        "eos_rate": ended.float().mean().item(), "length": mask.sum(1).mean().item(),
+    }
+    return dict(ids=ids, attention=attention, mask=mask, logp=logp, logp_ref=logp_ref,
+                values=values, score=score, responses=responses, stats=stats)
+
+
+def policy_logits(model, name, batch, part, args):
+    """Logits [rows, R, V] of adapter `name`, divided by the temperature."""
+    R = batch["mask"].shape[1]
+    with lora.use_adapter(model, name):
+        logits = common.response_logits(model, batch["ids"][part], batch["attention"][part], R)
+    return logits.float() / args.temperature
+
+
+def gain_of(model, batch, part, args):
+    """The surrogate (TRPO.5) of some rows, and the logits it comes from."""
+    logits = policy_logits(model, "policy", batch, part, args)
+    mask = batch["mask"][part]
+    logp = token_logps(logits, batch["ids"][part, -mask.shape[1] :])
+    return surrogate(logp, batch["logp"][part], batch["adv"][part], mask), logits
+
+
+def parts(batch, rows, args):
+    """Micro-batches of `rows`, each with its share of their tokens."""
+    tokens = batch["mask"].sum(1)
+    for part in rows.split(args.micro_batch_size):
+        yield part, tokens[part].sum() / tokens[rows].sum()
+
+
+def kl_graphs(model, batch, rows, args):
+    """D (TRPO.6) of `rows` at theta_old, where it is 0 and its Hessian is F; as micro-batches to be
+    summed. The usual attention kernels cannot be differentiated twice, MATH can."""
+    for part, share in parts(batch, rows, args):
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = policy_logits(model, "policy", batch, part, args)
+        yield share * mean_kl(logits.detach(), logits, batch["mask"][part])
+
+
+def natural_step(model, parameters, batch, args):
+    """The step along the natural gradient that (TRPO.9) allows, as one vector, and |g|."""
+    everything = torch.arange(len(batch["ids"]))
+    for part, share in parts(batch, everything, args):
+        gain, _ = gain_of(model, batch, part, args)
+        (gain * share).backward()
+    g = flatten([p.grad for p in parameters])
+    for p in parameters:
+        p.grad = None
+    graphs = list(kl_graphs(model, batch, everything[: args.fisher_rows], args))
+
+    def matvec(v):
+        return sum(fisher_vector_product(kl, parameters, v, args.damping / len(graphs))
+                   for kl in graphs)
+
+    s = conjugate_gradient(matvec, g, args.cg_iters)  # (TRPO.8)
+    sFs = sum(s @ fisher_vector_product(kl, parameters, s, 0.0)
+              for kl in kl_graphs(model, batch, everything, args))
+    return step_length(sFs.item(), args.max_kl) * s, g.norm().item()
+
+
+@torch.no_grad()
+def line_search(model, parameters, old, step, batch, args):
+    """Moves the policy by the first of step, 0.8 step, 0.64 step ... that (TRPO.10) accepts; where
+    none is, the policy stays as it is, to the bit. old: the parameters of the adapter "old".
+
+    Returns (surrogate gain, KL per token, trials that failed)."""
+    everything, mask = torch.arange(len(batch["ids"])), batch["mask"]
+    for p, before in zip(parameters, old):
+        before.copy_(p)
+    start = masked_mean(batch["adv"], mask).item()  # L at theta_old, where every ratio is 1
+    for j in range(args.backtracks if step.any() else 0):
+        pieces = (0.8**j * step).split([p.numel() for p in parameters])
+        for p, before, piece in zip(parameters, old, pieces):
+            p.copy_(before + piece.view_as(p))
+        gain, kl = -start, 0.0
+        for part, share in parts(batch, everything, args):
+            part_gain, logits = gain_of(model, batch, part, args)
+            logits_old = policy_logits(model, "old", batch, part, args)
+            gain += (share * part_gain).item()
+            kl += (share * mean_kl(logits_old, logits, mask[part])).item()
+        if gain > 0 and kl <= 1.5 * args.max_kl:  # (TRPO.10)
+            return gain, kl, j
+    for p, before in zip(parameters, old):
+        p.copy_(before)
+    return 0.0, 0.0, args.backtracks
+
+
+def fit_critic(model, parameters, optimizer, batch, args):
+    """--ppo-epochs gradient steps on (TRPO.11); returns the loss before the first of them."""
+    everything, mask, losses = torch.arange(len(batch["ids"])), batch["mask"], []
+    for _ in range(args.ppo_epochs):
+        loss = 0.0
+        for part, share in parts(batch, everything, args):
+            values = common.response_values(
+                model, "critic", batch["ids"][part], batch["attention"][part], mask.shape[1])
+            part_loss = share * value_loss(values, batch["ret"][part], mask[part])
+            part_loss.backward()
+            loss += part_loss.item()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss)
+    return losses[0]
+
+
+def save_samples(out, step, rows, batch):
+    """Adds responses with their scores to samples.jsonl; step counts the updates made before."""
+    for row, response, score in zip(rows, batch["responses"], batch["score"].tolist()):
+        sample = {"step": step, "prompt": row["prompt"], "response": response, "score": score}
+        common.append(out / "samples.jsonl", sample)
+
+
+# ------------------------------------------------------------------------------ flags
+
+
+def parse_args(argv=None):
+    p = common.flags(__doc__, steps=200, batch_size=12, lr=(1e-3, 3e-5))
+    add, whole, amount = p.add_argument, common.whole, common.amount
+    add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
+    add("--max-new-tokens", type=whole, default=96, help="of a response (96)")
+    add("--temperature", type=amount, default=0.7, help="of sampling and log-probabilities (0.7)")
+    add("--beta", type=amount, default=0.05, help="KL weight, units of score per nat (0.05)")
+    add("--missing-eos-score", type=float, default=-3.0, help="if it does not stop (-3)")
+    add("--max-kl", type=amount, default=0.001, help="delta, nats per token and step (0.001)")
+    add("--cg-iters", type=whole, default=10, help="Fisher-vector products a step (10)")
+    add("--damping", type=amount, default=0.1, help="added to F (0.1)")
+    add("--fisher-rows", type=whole, default=4, help="rows of the batch that F is taken on (4)")
+    add("--backtracks", type=whole, default=10, help="trials of the line search (10)")
+    add("--ppo-epochs", type=whole, default=4, help="passes of the critic over a batch (4)")
+    add("--gamma", type=amount, default=1.0, help="discount (1)")
+    add("--lam", type=amount, default=0.95, help="lambda of GAE (0.95)")
+    args = p.parse_args(argv)
+    common.defaults(args, adapter="sft", data="prompts.jsonl")
+    if args.reward is None and args.model != "tiny":
+        common.fail("--reward is needed: a folder, a hub id, or file.py:function")
+    args.reward = args.reward or str(common.TINY / "reward_model")
+    if args.temperature == 0:
+        common.fail("--temperature must be above 0: a policy gradient needs samples")
+    if args.damping == 0 or args.max_kl == 0:
+        common.fail("--damping and --max-kl must be above 0: F is singular, and a step has a size")
+    return args
+
+
+# ------------------------------------------------------------------------------ main loop
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = common.free_folder(args, "trpo")
+    common.seed_everything(args.seed)
+    train, test = common.load_data(args.data, ["prompt"])
+    test = common.take(test, args.eval_size)
+    model, tokenizer = common.load_model(args)
+    common.start_adapter(model, "policy", args)
+    if args.adapter:
+        lora.copy_adapter(model, "policy", "reference")
+    reward = common.load_reward(args.reward, model, tokenizer, args)
+    if "reward" in getattr(model, "heads", {}):
+        lora.copy_adapter(model, "reward", "critic", trainable=True)
+    else:  # no reward model on this base: the policy's features and a head that says 0
+        lora.copy_adapter(model, "policy", "critic", trainable=True)
+        lora.add_head(model, "critic").weight.data.zero_()
+
+    def evaluate():
+        generator = torch.Generator(model.device).manual_seed(args.seed)
+        return rollout(model, tokenizer, test, reward, generator, args)
+
+    before = evaluate()
+    common.start_run(out, args)
+    save_samples(out, 0, test, before)
+    lora.copy_adapter(model, "policy", "old")
+    parameters, old, critic = (
+        lora.adapter_parameters(model, name) for name in ("policy", "old", "critic"))
+    optimizer = torch.optim.AdamW(critic, lr=args.lr, eps=1e-5, weight_decay=0.0)
+    generator = torch.Generator(model.device).manual_seed(args.seed)
+    order = common.batches(len(train), args.batch_size, args.seed)
+    bar = tqdm(range(args.steps), desc="trpo")
+    for step in bar:
+        clock = time.time()
+        # 1. y ~ pi_old, its score, and the log-probabilities of policy and reference
+        rows = [train[i] for i in next(order)]
+        batch = rollout(model, tokenizer, rows, reward, generator, args)
+        mask, values = batch["mask"], batch["values"]
+        # 2. rewards with the KL inside, advantages, returns
+        rewards = kl_shaped_rewards(
+            batch["score"], batch["logp"], batch["logp_ref"], mask, args.beta)
+        adv, ret = gae(rewards, values, mask, args.gamma, args.lam)
+        batch |= {"adv": whiten(adv, mask), "ret": ret}
+        # 3. the policy: natural gradient, then a step inside the trust region
+        full, norm = natural_step(model, parameters, batch, args)
+        gain, kl, backtracks = line_search(model, parameters, old, full, batch, args)
+        # 4. the critic: gradient descent
+        lr = common.learning_rate(step, args.steps, args.lr)
+        optimizer.param_groups[0]["lr"] = lr
+        critic_loss = fit_critic(model, critic, optimizer, batch, args)
+        # 5. measure
+        if step == 0:
+            tqdm.write(f"step 0: moved {kl:.1e} nats a token ({args.max_kl:g} allowed), "
+                       f"{kl * batch['stats']['length']:.3f} an answer, {backtracks} trials failed")
+        row = {"step": step, "seconds": time.time() - clock, "loss": -gain, "grad_norm": norm}
+        row |= batch["stats"] | {"lr": lr, "surrogate_gain": gain, "kl_step": kl}
+        row |= {"kl_step_response": kl * batch["stats"]["length"], "backtracks": backtracks}
+        row |= {"value_loss": critic_loss}
+        row["explained_variance"] = explained_variance(values, ret, mask)
+        common.append(out / "metrics.jsonl", row)
+        save_samples(out, step, rows[:1], batch)
+        bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})
+        if args.save_every and (step + 1) % args.save_every == 0:
+            lora.save_adapter(model, "policy", out / f"step-{step + 1}")
+
+    lora.save_adapter(model, "policy", out)
+    after = evaluate()
+    save_samples(out, args.steps, test, after)
+    common.print_samples(test, before["responses"], after["responses"])
+    common.print_table(f"{len(test)} held-out prompts", before["stats"], after["stats"])
+    print(f"\nsaved {out}")
+
+
+if __name__ == "__main__":
+    main()
