@@ -303,24 +303,31 @@ def sequence_scores(model, name, ids, attention):
 
 
 @torch.no_grad()
-def sample(model, prompts, stop, max_new_tokens, temperature=1.0, generator=None):
-    """Samples one response to each list of prompt ids, from softmax(logits / temperature) and
+def sample(model, prompts, stop, max_new_tokens, temperature=1.0, generator=None, each=1):
+    """Samples `each` responses to every list of prompt ids, from softmax(logits / temperature) and
     nothing else: no top-k, top-p or penalty, whatever the model's generation_config says, because
     the log-probabilities computed later know of none. temperature 0 is greedy.
 
     Returns ids [B, P+R] (prompts padded on the left), attention [B, P+R], and mask [B, R]: 1.0 on
-    the response up to and including its first stop token."""
+    the response up to and including its first stop token. B is len(prompts) * each, the responses
+    to one prompt one after another."""
     ids, attention = pad(prompts, "left", model.device)
     P, tokens = ids.shape[1], ids
     # Allocated once: a cache that grows by concatenation spends its time copying itself.
     cache = StaticCache(config=model.config, max_cache_len=P + max_new_tokens)
     stop = torch.tensor(stop, device=ids.device)
-    alive = torch.ones(len(prompts), 1, dtype=torch.bool, device=ids.device)
-    for _ in range(max_new_tokens):
+    alive = torch.ones(len(prompts) * each, 1, dtype=torch.bool, device=ids.device)
+    for step in range(max_new_tokens):
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         out = model(input_ids=tokens, attention_mask=attention, position_ids=positions,
                     past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1].float()
+        if step == 0 and each > 1:  # the prompt was read once for all its responses
+            for layer in cache.layers:
+                layer.keys = layer.keys.repeat_interleave(each, 0)
+                layer.values = layer.values.repeat_interleave(each, 0)
+            ids, attention, logits = (
+                x.repeat_interleave(each, 0) for x in (ids, attention, logits))
         if temperature == 0:
             tokens = logits.argmax(-1, keepdim=True)
         else:

@@ -12,7 +12,7 @@ Bradley-Terry model of a preference of w over l, Z cancels:
 
 Log-probabilities are sums over the tokens of an answer, its EOS included. Those of the reference
 never change: they are computed once, before training, when the policy still is the reference. So
-the first loss is ln 2 (sigmoid) and its accuracy 0.
+the first loss is ln 2 (sigmoid) and the first margin 0.
 
 Often both log-probabilities fall while the margin grows, the chosen one's too. (DPO.2) sees only
 the difference: pushing the rejected answer down further serves it as well as lifting the chosen
@@ -52,8 +52,11 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta=0.1, loss="sigmoid", label_smoot
     logp_w, logp_l [B]: log-probability of the chosen and of the rejected answer, summed over its
     tokens, with gradient; ref_w, ref_l [B]: the reference's. beta: units of reward per nat.
     label_smoothing s: the share of labels believed to be flipped (cDPO). Returns a scalar, the mean
-    over pairs. Raises ValueError for another loss, and for label smoothing with ipo.
+    over pairs. Raises ValueError for another loss, for label smoothing with ipo, and for shapes
+    that differ.
     Source: arXiv:2305.18290, Eq. 7; arXiv:2310.12036, Eq. 17 (ipo, summed log-probabilities)."""
+    if not logp_w.shape == logp_l.shape == ref_w.shape == ref_l.shape:
+        raise ValueError("logp_w, logp_l, ref_w and ref_l differ in shape")
     h = (logp_w - ref_w) - (logp_l - ref_l)  # (DPO.1)
     if loss == "sigmoid":
         right, wrong = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)

@@ -17,11 +17,11 @@ Where the KL stands decides what is learnt. In the reward (GRPO.8) its gradient 
 KL(pi || pi_ref) over whole answers. In the loss, as in the paper, K_t has the gradient of the
 forward KL(pi_ref || pi) at that token; "k3-corrected" multiplies it by the ratio and "k2" is d^2/2,
 both with the gradient of KL(pi || pi_ref) at that token. None of the three sees how a token changes
-the KL of the tokens after it. tests/test_closed_form.py shows where each of them ends.
+the KL of the tokens after it. benchmarks/closed_form.py shows where each of them ends.
 
-Dividing by the spread maximises something else as well: prompts with little spread weigh more (for
-scores 0 and 1 with success rate p the objective becomes 2 arcsin sqrt p), and against a KL in the
-loss the weight of the KL is beta times the spread.
+Dividing by the spread changes what is maximised: prompts with little spread weigh more (for scores
+0 and 1 with success rate p the objective becomes 2 arcsin sqrt p), and a KL in the loss weighs beta
+times the spread of the current policy, so its hold loosens as the answers become alike.
 
 Left out on purpose: resampling of groups without spread (they are counted), an overlong penalty.
 
@@ -59,12 +59,14 @@ def group_advantages(rewards, scale="std"):
 
     rewards [N, G], one row a prompt, in units of score. scale: "std" divides by the unbiased
     standard deviation + 1e-4; "none" subtracts the mean only (Dr. GRPO); "loo" subtracts the mean
-    of the other answers (RLOO), which is "none" times G / (G - 1). Returns [N, G]; a group without
-    spread has advantage 0. Raises ValueError for a group of one or another scale.
+    of the other answers (RLOO), which is "none" times G / (G - 1) and does without its bias: an
+    answer stands in its own mean. Returns [N, G]; a group without spread has advantage 0.
+    Raises ValueError for a group of one or another scale.
     Source: arXiv:2402.03300, section 4.1.2; arXiv:2503.20783; arXiv:2402.14740."""
     G = rewards.shape[1]
     if G < 2:
         raise ValueError("a group needs at least two answers: one alone is its own mean")
+    rewards = rewards - rewards[:, :1]  # equal scores then cancel exactly, however large they are
     centred = rewards - rewards.mean(1, keepdim=True)
     if scale == "std":
         return centred / (rewards.std(1, keepdim=True) + 1e-4)
@@ -75,6 +77,15 @@ def group_advantages(rewards, scale="std"):
     raise ValueError(f"scale must be std, none or loo, got {scale!r}")
 
 
+def importance_ratio(logp, logp_old, mask, loss="grpo"):
+    """pi / pi_old of each token, [B, R]; for gspo the geometric mean over the answer, [B, 1], which
+    is what is clipped there. (GRPO.2) 1 on padding. Source: arXiv:2507.18071, Eq. 7 (gspo)."""
+    log_ratio = (logp - logp_old) * mask
+    if loss == "gspo":
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    return log_ratio.exp()
+
+
 def kl_penalty(logp, logp_old, logp_ref, mask, kind="k3"):
     """What stands in the loss for the KL to the reference, per token. (GRPO.4)
 
@@ -83,8 +94,11 @@ def kl_penalty(logp, logp_old, logp_ref, mask, kind="k3"):
     d = (logp_ref - logp) * mask
     if kind == "k2":
         return 0.5 * d.square()
-    k3 = d.expm1() - d
-    return k3 * ((logp - logp_old) * mask).exp() if kind == "k3-corrected" else k3
+    if kind == "k3":
+        return d.expm1() - d  # (GRPO.4)
+    if kind == "k3-corrected":
+        return (d.expm1() - d) * ((logp - logp_old) * mask).exp()
+    raise ValueError(f"kind must be k2, k3 or k3-corrected, got {kind!r}")
 
 
 def grpo_loss(logp, logp_old, logp_ref, adv, mask, eps_low=0.2, eps_high=0.2, beta=0.0,
@@ -98,10 +112,7 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, eps_low=0.2, eps_high=0.2, be
     Source: arXiv:2402.03300, Eq. 3; arXiv:2503.14476 (dapo), 2503.20783 (dr_grpo), 2507.18071
     (gspo)."""
     B, length, adv = len(mask), mask.sum(1, keepdim=True), adv.unsqueeze(1)
-    log_ratio = (logp - logp_old) * mask
-    if loss == "gspo":
-        log_ratio = log_ratio.sum(1, keepdim=True) / length
-    ratio = log_ratio.exp()  # (GRPO.2)
+    ratio = importance_ratio(logp, logp_old, mask, loss)  # (GRPO.2)
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
     per_token = torch.max(-adv * ratio, -adv * clipped)  # (GRPO.3)
     if beta:
@@ -125,8 +136,8 @@ def token_entropy(logits, temperature=1.0):
 
 
 @torch.no_grad()
-def rollout(model, tokenizer, rows, reward, generator, args):
-    """One response to each row's prompt, with all that does not change during the update.
+def rollout(model, tokenizer, rows, G, reward, generator, args):
+    """G responses to each row's prompt, with all that does not change during the update.
 
     Sampling and log-probabilities use the same temperature. A response that did not stop by itself
     scores --missing-eos-score, whatever the reward makes of its torso."""
@@ -134,7 +145,8 @@ def rollout(model, tokenizer, rows, reward, generator, args):
     prompts = [common.encode_prompt(tokenizer, r["prompt"])[-room:] for r in rows]
     with lora.use_adapter(model, "policy"):
         ids, attention, mask = common.sample(
-            model, prompts, stop, args.max_new_tokens, args.temperature, generator)
+            model, prompts, stop, args.max_new_tokens, args.temperature, generator, each=G)
+    rows = [row for row in rows for _ in range(G)]
     R = mask.shape[1]
     y, found = ids[:, -R:], []
     for part in torch.arange(len(ids)).split(args.micro_batch_size):
@@ -179,7 +191,7 @@ def update(model, parameters, optimizer, batch, args):
                 (loss * share).backward()
                 with torch.no_grad():
                     log_ratio = (logp - old) * m
-                    ratio = log_ratio.exp()
+                    ratio = importance_ratio(logp, old, m, args.loss)
                     outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
                     kl = masked_mean(log_ratio.expm1() - log_ratio, m)  # KL(old || new), k3
                     stats.update(loss=(loss * share).item(), approx_kl=(kl * tokens).item(),
@@ -254,7 +266,7 @@ def main(argv=None):
 
     def evaluate():
         generator = torch.Generator(model.device).manual_seed(args.seed)
-        return rollout(model, tokenizer, test, reward, generator, args)
+        return rollout(model, tokenizer, test, 1, reward, generator, args)
 
     before = evaluate()
     common.start_run(out, args)
@@ -262,14 +274,14 @@ def main(argv=None):
     parameters = lora.adapter_parameters(model, "policy")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    G, order = args.group_size, common.batches(len(train), args.batch_size // args.group_size,
-                                               args.seed)
+    G = args.group_size
+    order = common.batches(len(train), args.batch_size // G, args.seed)
     bar = tqdm(range(args.steps), desc="grpo")
     for step in bar:
         clock = time.time()
         # 1. y_1 .. y_G ~ pi_old for each prompt, their scores, the log-probabilities of both models
-        rows = [train[i] for i in next(order) for _ in range(G)]
-        batch = rollout(model, tokenizer, rows, reward, generator, args)
+        rows = [train[i] for i in next(order)]
+        batch = rollout(model, tokenizer, rows, G, reward, generator, args)
         # 2. advantages within each group
         rewards = batch["score"]
         if args.kl_in == "reward":
@@ -286,8 +298,8 @@ def main(argv=None):
         if step == 0:
             tqdm.write(f"step 0, before any update: |ratio - 1| {first['ratio_error']:.1e}, clip "
                        f"fraction {first['clip_fraction']:g}, approx KL {first['approx_kl']:.1e}\n"
-                       f"loss {first['loss']:.1e}: at ratio 1 advantages of mean 0 cancel, their "
-                       f"gradients do not (norm {first['grad_norm']:.2f}); watch score, not loss")
+                       f"loss {first['loss']:.1e}, grad norm {first['grad_norm']:.2f}: at ratio 1 "
+                       "advantages cancel, their gradients do not; watch score, not loss")
         row = {"step": step, "seconds": time.time() - clock, "lr": lr}
         row |= batch["stats"] | stats
         row["zero_std_groups"] = int((groups.std(1) == 0).sum())

@@ -22,8 +22,8 @@ with the Fisher matrix F as its Hessian, so that the best step has the direction
 
 F has as many rows as LoRA has parameters and a rank of at most the tokens looked at times the
 vocabulary; with B = 0 all its rows for A are zero. Without damping (TRPO.8) has no solution. The
-direction may come from a part of the batch (--fisher-rows); its length is then measured, without
-damping, on the whole batch.
+direction may come from a part of the batch (--fisher-rows); its length, in which damping has no
+part, is measured on the whole batch.
 
 delta is per token. An answer of T tokens may move by about T delta in a step; both are printed. The
 paper's bound on how far L may be from the truth has the factor gamma / (1 - gamma)^2: at gamma = 1
@@ -247,8 +247,33 @@ def kl_graphs(model, batch, rows, args):
         yield share * mean_kl(logits.detach(), logits, batch["mask"][part])
 
 
-def natural_step(model, parameters, batch, args):
-    """The step along the natural gradient that (TRPO.9) allows, as one vector, and |g|."""
+@torch.no_grad()
+def move(parameters, old, step):
+    """Sets the policy to theta_old + step, a vector."""
+    pieces = step.split([p.numel() for p in parameters])
+    for p, before, piece in zip(parameters, old, pieces):
+        p.copy_(before + piece.view_as(p))
+
+
+@torch.no_grad()
+def gain_and_kl(model, batch, args):
+    """L (TRPO.5) and D (TRPO.6) of the policy as it stands, on the whole batch; the adapter "old"
+    holds theta_old."""
+    gain = kl = 0.0
+    for part, share in parts(batch, torch.arange(len(batch["ids"])), args):
+        part_gain, logits = gain_of(model, batch, part, args)
+        logits_old = policy_logits(model, "old", batch, part, args)
+        gain += (share * part_gain).item()
+        kl += (share * mean_kl(logits_old, logits, batch["mask"][part])).item()
+    return gain, kl
+
+
+def natural_step(model, parameters, old, batch, args):
+    """The longest step along the natural gradient inside the trust region, a vector, and |g|.
+    `old`, the parameters of the adapter "old", must hold theta_old; the policy is not moved.
+
+    s comes from F on --fisher-rows rows. To these rows directions look free that move others, so
+    s F s is measured on the whole batch, by a short trial step e s: D is about 1/2 e^2 s F s."""
     everything = torch.arange(len(batch["ids"]))
     for part, share in parts(batch, everything, args):
         gain, _ = gain_of(model, batch, part, args)
@@ -263,35 +288,26 @@ def natural_step(model, parameters, batch, args):
                    for kl in graphs)
 
     s = conjugate_gradient(matvec, g, args.cg_iters)  # (TRPO.8)
-    sFs = sum(s @ fisher_vector_product(kl, parameters, s, 0.0)
-              for kl in kl_graphs(model, batch, everything, args))
-    return step_length(sFs.item(), args.max_kl) * s, g.norm().item()
+    sFs = s @ g - args.damping * s @ s  # conjugate gradient ends with s (F + damping) s = s g
+    e = step_length(sFs.item(), args.max_kl / 4)
+    move(parameters, old, e * s)
+    _, kl = gain_and_kl(model, batch, args)
+    move(parameters, old, torch.zeros_like(s))
+    return step_length(2 * kl / e**2 if e else 0.0, args.max_kl) * s, g.norm().item()  # (TRPO.9)
 
 
-@torch.no_grad()
 def line_search(model, parameters, old, step, batch, args):
     """Moves the policy by the first of step, 0.8 step, 0.64 step ... that (TRPO.10) accepts; where
-    none is, the policy stays as it is, to the bit. old: the parameters of the adapter "old".
+    none is, the policy is theta_old, which `old` holds, to the bit.
 
     Returns (surrogate gain, KL per token, trials that failed)."""
-    everything, mask = torch.arange(len(batch["ids"])), batch["mask"]
-    for p, before in zip(parameters, old):
-        before.copy_(p)
-    start = masked_mean(batch["adv"], mask).item()  # L at theta_old, where every ratio is 1
-    for j in range(args.backtracks if step.any() else 0):
-        pieces = (0.8**j * step).split([p.numel() for p in parameters])
-        for p, before, piece in zip(parameters, old, pieces):
-            p.copy_(before + piece.view_as(p))
-        gain, kl = -start, 0.0
-        for part, share in parts(batch, everything, args):
-            part_gain, logits = gain_of(model, batch, part, args)
-            logits_old = policy_logits(model, "old", batch, part, args)
-            gain += (share * part_gain).item()
-            kl += (share * mean_kl(logits_old, logits, mask[part])).item()
-        if gain > 0 and kl <= 1.5 * args.max_kl:  # (TRPO.10)
-            return gain, kl, j
-    for p, before in zip(parameters, old):
-        p.copy_(before)
+    start = masked_mean(batch["adv"], batch["mask"]).item()  # L at theta_old, every ratio is 1
+    for j in range(args.backtracks):
+        move(parameters, old, 0.8**j * step)
+        gain, kl = gain_and_kl(model, batch, args)
+        if gain > start and kl <= 1.5 * args.max_kl:  # (TRPO.10)
+            return gain - start, kl, j
+    move(parameters, old, torch.zeros_like(step))
     return 0.0, 0.0, args.backtracks
 
 
@@ -332,7 +348,7 @@ def parse_args(argv=None):
     add("--beta", type=amount, default=0.05, help="KL weight, units of score per nat (0.05)")
     add("--missing-eos-score", type=float, default=-3.0, help="if it does not stop (-3)")
     add("--max-kl", type=amount, default=0.001, help="delta, nats per token and step (0.001)")
-    add("--cg-iters", type=whole, default=10, help="Fisher-vector products a step (10)")
+    add("--cg-iters", type=whole, default=5, help="Fisher-vector products a step (5)")
     add("--damping", type=amount, default=0.1, help="added to F (0.1)")
     add("--fisher-rows", type=whole, default=4, help="rows of the batch that F is taken on (4)")
     add("--backtracks", type=whole, default=10, help="trials of the line search (10)")
@@ -397,7 +413,9 @@ def main(argv=None):
         adv, ret = gae(rewards, values, mask, args.gamma, args.lam)
         batch |= {"adv": whiten(adv, mask), "ret": ret}
         # 3. the policy: natural gradient, then a step inside the trust region
-        full, norm = natural_step(model, parameters, batch, args)
+        for was, p in zip(old, parameters):
+            was.copy_(p.detach())
+        full, norm = natural_step(model, parameters, old, batch, args)
         gain, kl, backtracks = line_search(model, parameters, old, full, batch, args)
         # 4. the critic: gradient descent
         lr = common.learning_rate(step, args.steps, args.lr)

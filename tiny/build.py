@@ -219,55 +219,54 @@ def write(name, rows):
 
 # ------------------------------------------------------------------------------ preferences
 
+# How often each kind of damage is done: more often what a quick reader overlooks.
+DAMAGE = dict(off_topic=1, another_prompt=0, jargon=1, repetition=3, abrupt=1, rambling=1,
+              missing_part=5, padding=1)
 
-def sample_answers(prompts, each):
-    """`each` samples of the SFT model to every prompt, as one list of lists."""
+
+def answer_pools(split, each):
+    """{prompt: `each` samples of the SFT model, the best by the hidden preference first}."""
     args = argparse.Namespace(model="tiny", device="cpu", dtype="fp32", trust_remote_code=False)
     common.seed_everything(2)
     model, tokenizer = common.load_model(args)
     lora.load_adapter(model, "sft", HERE / "sft")
+    asked = [row["prompt"] for row in world.prompts() if row["split"] == split]
     with lora.use_adapter(model, "sft"):
-        repeated = [p for p in prompts for _ in range(each)]
+        repeated = [p for p in asked for _ in range(each)]
         texts, _ = common.answer(model, tokenizer, repeated, 96, temperature=0.8, chunk=256)
-    return [texts[i : i + each] for i in range(0, len(texts), each)]
+    pools = {p: texts[i * each : (i + 1) * each] for i, p in enumerate(asked)}
+    for p, pool in pools.items():
+        pool.sort(key=lambda text: -world.gold_score(p, text))
+    return pools
 
 
-def pair_of(asked, answers, other_asked, other_answers, rng):
-    """Two answers to a prompt and how the pair was made.
+def pair_of(asked, other, pools, rng):
+    """Two answers to the prompt `asked` and how the pair was made.
 
-    A third of the pairs are two samples. A third sets the best of the prompt's samples against the
-    best answer to another prompt, and a third against a damaged copy of itself. Optimisation will
-    try these failures, and a reward model that never saw them compared cannot know that people
-    dislike them. The best stands for what later policies write."""
-    best, other = (
-        max(texts, key=lambda text: world.gold_score(question, text))
-        for question, texts in ((asked["prompt"], answers), (other_asked["prompt"], other_answers))
-    )
-    made = rng.choice(["samples", "other prompt", "damaged"])
+    A fifth of the pairs are two samples. Three tenths set a good answer against a good answer to
+    another prompt, and half against a damaged copy of itself: optimisation will try these failures,
+    and a reward model that never saw them compared cannot know that people dislike them. Good is
+    one of the best three samples; it stands for what later policies write."""
+    made = rng.choices(["samples", "other prompt", "damaged"], [2, 3, 5])[0]
     if made == "samples":
-        return answers[0], answers[1], made
+        return *rng.sample(pools[asked["prompt"]], 2), made
+    good = rng.choice(pools[asked["prompt"]][:3])
     if made == "other prompt":
-        return best, other, made
-    # What a sentence-by-sentence reader overlooks comes more often.
-    flaw = rng.choice(
-        [world.missing_part, world.off_topic] * 3
-        + [world.jargon, world.repetition, world.abrupt, world.rambling, world.padding]
-    )
-    damaged = " ".join(flaw(world.split_sentences(best) or [best], asked["topic"], rng))
-    return best, damaged or answers[1], flaw.__name__
+        return good, rng.choice(pools[other["prompt"]][:3]), made
+    flaw = rng.choices(list(world.FLAWS.values()), DAMAGE.values())[0]
+    damaged = " ".join(flaw(world.split_sentences(good) or [good], asked["topic"], rng))
+    return good, damaged or pools[asked["prompt"]][-1], flaw.__name__
 
 
 def build_preferences():
     """Pairs, each judged once by a labeller who prefers a to b with probability
     sigmoid((gold(a) - gold(b)) / LABEL_TEMPERATURE)."""
     rng, rows = random.Random(3), []
-    for split, n in (("train", 4000), ("test", 500)):
-        prompts = draw(split, n, rng)
-        sampled = sample_answers([row["prompt"] for row in prompts], 3)
-        for i, (asked, answers) in enumerate(zip(prompts, sampled)):
-            others = [j % n for j in range(i + 1, i + 40)]
-            j = rng.choice([j for j in others if prompts[j]["topic"] != asked["topic"]])
-            a, b, made = pair_of(asked, answers, prompts[j], sampled[j], rng)
+    for split, n, each in (("train", 5000, 24), ("test", 500, 16)):
+        pools, prompts = answer_pools(split, each), draw(split, n, rng)
+        for asked in prompts:
+            other = rng.choice([row for row in prompts if row["topic"] != asked["topic"]])
+            a, b, made = pair_of(asked, other, pools, rng)
             gold_a, gold_b = (world.gold_score(asked["prompt"], x) for x in (a, b))
             p = 1 / (1 + math.exp((gold_b - gold_a) / LABEL_TEMPERATURE))
             if rng.random() > p:
