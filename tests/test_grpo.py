@@ -406,7 +406,11 @@ def test_micro_batches_give_the_gradient_of_the_whole(actor, loss, micro, miniba
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
         norm, rho = gradient.norm().item(), (logp - old)[mask[rows] > 0].detach().exp()
         expected.append(gradient / max(1.0, norm))
-        outside = ((rho < 0.98) | (rho > 1.06)).float().mean().item()
+        clipped = rho
+        if loss == "gspo":  # the whole answer is, or none of it
+            clipped = torch.cat([w.log().mean().exp().expand(len(w))
+                                 for w in rho.split(mask[rows].sum(1).int().tolist())])
+        outside = ((clipped < 0.98) | (clipped > 1.06)).float().mean().item()
         seen.append([value.item(), norm, outside, (rho - 1 - rho.log()).mean().item()])
     assert len(recorder.steps) == len(expected) == 2 * minibatches
     for a, b in zip(recorder.steps, expected):

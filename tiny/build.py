@@ -3,7 +3,7 @@
     python tiny/build.py                 everything
     python tiny/build.py --from sft      from a stage on
 
-    1. base            a BPE tokenizer and a Llama of 2.4 million parameters, trained from scratch on
+    1. base            a BPE tokenizer and a Llama of 2.4 million parameters, from scratch, on
                        documents that are composed from world.py as they are read
     2. midtrain        some more of it, with more transcripts of an assistant
     3. demonstrations  questions with answers of mixed quality, as a crowd writes them
@@ -212,7 +212,7 @@ def draw(split, n, rng):
 
 
 def write(name, rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
     (HERE / name).write_text(text)
     print(f"{name}: {len(rows)} rows, {len(text) / 1e6:.2f} MB")
 

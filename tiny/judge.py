@@ -4,10 +4,10 @@
     python tiny/judge.py --best-of 64              what picking the best of 64 SFT samples reaches
     python tiny/judge.py --probe                   does the reward model see each flaw?
 
-All on the held-out prompts, sampled at temperature 1. Columns: gold (mean gold_score), on topic
-(share that answers the question asked, and nothing else), stops (share that ends by itself),
-score (reward model), KL (to the SFT model, nats per response), top answer (the largest share that
-one answer has among the first 100), tokens.
+All on the held-out prompts, sampled at the temperature of ppo.py. Columns: gold (mean gold_score),
+on topic (share that answers the question asked, and nothing else), stops (share that ends by
+itself), score (reward model), KL (to the SFT model, nats per response), top answer (the largest
+share that one answer has among the first 100), tokens.
 """
 
 import argparse
@@ -31,7 +31,8 @@ def held_out():
 
 
 def judge(adapter, args, each=1):
-    """(statistics, [(prompt, response)]) of one adapter; with each > 1 also the best of each."""
+    """(statistics, [(prompt, response)], scores) of one adapter; with each > 1 also the best of
+    each."""
     policy = ppo.parse_args(["--adapter", args.sft, "--reward", args.reward])
     common.seed_everything(args.seed)
     model, tokenizer = common.load_model(policy)
@@ -66,7 +67,7 @@ def judge(adapter, args, each=1):
         stats["best by gold"] = gold.view(-1, each).max(1).values.mean().item()
         picked = score.view(-1, each).argmax(1, keepdim=True)
         stats["best by score"] = gold.view(-1, each).gather(1, picked).mean().item()
-    return stats, pairs
+    return stats, pairs, score
 
 
 def probe(args):
@@ -92,7 +93,21 @@ def probe(args):
     return wins
 
 
-def main():
+def best_of(args, sizes):
+    """{n: statistics} of the answer with the best score among the first n of max(sizes)."""
+    each = max(sizes)
+    stats, pairs, score = judge(args.sft, args, each)
+    gold = torch.tensor([world.gold_score(*pair) for pair in pairs]).view(-1, each)
+    topic = torch.tensor([float(world.on_topic(*pair)) for pair in pairs]).view(-1, each)
+    out = {}
+    for n in sizes:
+        best = score.view(-1, each)[:, :n].argmax(1, keepdim=True)
+        picked = {"score": score.view(-1, each), "gold": gold, "on topic": topic}
+        out[n] = stats | {k: x.gather(1, best).mean().item() for k, x in picked.items()}
+    return out
+
+
+def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.error = common.fail
@@ -104,14 +119,18 @@ def main():
     p.add_argument("--samples", type=int, default=0, help="answers to print of each (0)")
     p.add_argument("--probe", action="store_true", help="only the reward model's table of flaws")
     p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args()
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse_args()
     if args.probe:
         print(f"{'flaw':16} the clean answer wins")
         for name, share in probe(args).items():
             print(f"{name:16} {share:6.1%}")
         return
     for adapter in [args.sft, *args.adapters]:
-        stats, pairs = judge(adapter, args, args.best_of if adapter == args.sft else 1)
+        stats, pairs, _ = judge(adapter, args, args.best_of if adapter == args.sft else 1)
         print(f"{adapter}\n   " + "  ".join(f"{key} {value:.3f}" for key, value in stats.items()))
         for prompt, response in pairs[: args.samples]:
             print(f"   > {prompt}\n     {response}")

@@ -1,0 +1,195 @@
+"""DPO, PPO, TRPO and GRPO side by side on the tiny world, with best-of-n and plain SFT.
+
+    python benchmarks/compare.py            all; what has run before is not run again
+    python benchmarks/compare.py --quick    the same with 15 steps and one seed, to see that it works
+
+All start from tiny/sft and may look at the same number of answers: 200 steps of 12 (dpo: of 12
+labelled pairs). Three seeds with default flags, then seed 0 with a lower and a higher --beta, then
+one PPO run without a KL penalty that goes on for too long. Every policy is judged from outside by
+tiny/judge.py, on held-out prompts: by the reward model it was trained on (score) and by the hidden
+preference it never saw (gold).
+
+Runs go to runs/compare; the table to benchmarks/compare.md, the numbers to benchmarks/compare.json,
+and, where matplotlib is installed, two figures to docs/. --jobs runs train at a time, each on one
+thread; seconds are those of a run beside its neighbours.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SCRIPTS = ("dpo", "ppo", "trpo", "grpo")
+BETAS = {"dpo": (0.03, 0.3), "ppo": (0.0, 0.2), "trpo": (0.0, 0.2), "grpo": (0.0, 0.16)}
+COLUMNS = ("score", "gold", "KL", "on topic", "stops", "tokens", "seconds", "memory, GB")
+BEST_OF = (1, 4, 16, 64)
+
+
+def plan(args):
+    """{name: command line} of all training runs."""
+    steps, seeds = (15, (0,)) if args.quick else (200, (0, 1, 2))
+    runs = {f"{script}-seed{seed}": [f"{script}.py", "--seed", str(seed)]
+            for seed in seeds for script in SCRIPTS}
+    runs |= {f"{script}-beta{beta:g}": [f"{script}.py", "--beta", str(beta)]
+             for script in SCRIPTS for beta in BETAS[script]}
+    runs = {name: [*argv, "--steps", str(steps), "--batch-size", "12"]
+            for name, argv in runs.items()}
+    runs["ppo-long"] = ["ppo.py", "--beta", "0", "--steps", str(2 * steps), "--batch-size", "12",
+                        "--lr", "3e-3", "--save-every", str(steps // 5)]
+    return runs
+
+
+def train(name, argv, folder):
+    """Runs a script, unless its result is there; keeps seconds and peak memory beside it."""
+    out, record = folder / name, folder / f"{name}.json"
+    if record.is_file():
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(folder / f"{name}.log", "w") as log:
+        run = subprocess.Popen([sys.executable, *argv, "--out", str(out)], cwd=ROOT, env=env,
+                               stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(run.pid, 0)
+    if status:
+        raise SystemExit(f"error: {name} failed; see {folder / name}.log")
+    seconds = sum(json.loads(line)["seconds"] for line in open(out / "metrics.jsonl"))
+    found = {}
+    for adapter in sorted(out.glob("step-*"), key=lambda p: int(p.name[5:])) or [out]:
+        found[adapter.name] = judged(adapter, env)
+    last = list(found.values())[-1]
+    kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    last |= {"seconds": seconds, "memory, GB": kilobytes / 1e6}
+    record.write_text(json.dumps({"argv": argv, **last, "steps": found}, indent=1))
+
+
+def judged(adapter, env):
+    """tiny/judge.py's numbers for one adapter, from a process of its own."""
+    code = ("import argparse, json, sys; sys.path.insert(0, '.'); from tiny import judge; "
+            "args = judge.parse_args([sys.argv[1]]); "
+            "print(json.dumps(judge.judge(sys.argv[1], args)[0]))")
+    done = subprocess.run([sys.executable, "-c", code, str(adapter)], cwd=ROOT, env=env, check=True,
+                          capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def best_of(folder, prompts):
+    """{n: judge's numbers} for the answer that the reward model likes best among n of the SFT's."""
+    record = folder / "best-of.json"
+    if not record.is_file():
+        code = ("import json, sys; sys.path.insert(0, '.'); from tiny import judge; "
+                f"args = judge.parse_args(['--prompts', '{prompts}']); "
+                f"print(json.dumps(judge.best_of(args, {BEST_OF})))")
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
+                              capture_output=True, text=True)
+        record.write_text(done.stdout.splitlines()[-1])
+    return {int(n): stats for n, stats in json.loads(record.read_text()).items()}
+
+
+# ------------------------------------------------------------------------------ table, figures
+
+
+def spread(values):
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def table(results, best):
+    """The comparison as a Markdown table; ± is the standard deviation over seeds."""
+    rows = [("", *COLUMNS), ("---",) * (len(COLUMNS) + 1)]
+    for n, stats in best.items():
+        name = "SFT" if n == 1 else f"best of {n}"
+        kl = math.log(n) - (n - 1) / n
+        rows.append((name, *(f"{stats[c]:.2f}" for c in COLUMNS[:2]), f"{kl:.2f}",
+                     *(f"{stats[c]:.2f}" for c in COLUMNS[3:6]), "", ""))
+    for script in SCRIPTS:
+        seeds = [r for name, r in results.items() if name.startswith(f"{script}-seed")]
+        rows.append((script.upper(), *(spread([r[c] for r in seeds]) for c in COLUMNS)))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def figures(results, best, folder):
+    """docs/frontier.svg and docs/overoptimisation.svg; readable on light and dark."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    grey = "#7f7f7f"
+    plt.rcParams |= {"svg.hashsalt": "0", "axes.edgecolor": grey, "axes.labelcolor": grey,
+                     "xtick.color": grey, "ytick.color": grey, "text.color": grey,
+                     "axes.spines.top": False, "axes.spines.right": False}
+    colours = dict(zip(SCRIPTS, ("#e08214", "#2b83ba", "#5aae61", "#c2538f")))
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    bound = [math.log(n) - (n - 1) / n for n in best]
+    for panel, what in zip(panels, ("score", "gold")):
+        panel.plot(bound, [s[what] for s in best.values()], "--", color=grey, marker=".",
+                   label="best of n, analytic KL")
+        for script in SCRIPTS:
+            points = sorted((r["KL"], r[what]) for name, r in results.items()
+                            if name.startswith(script) and name != "ppo-long")
+            panel.plot(*zip(*points), "o-", color=colours[script], label=script.upper(), ms=4,
+                       lw=0.8)
+        panel.set(xlabel="KL to the SFT model, nats an answer", ylabel=what)
+    panels[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(folder / "frontier.svg", transparent=True, metadata={"Date": None})
+
+    figure, panel = plt.subplots(figsize=(5, 4))
+    steps = [best[1], *results["ppo-long"]["steps"].values()]
+    panel.plot([s["KL"] for s in steps], [s["score"] for s in steps], "o-", color=colours["ppo"],
+               label="score: the reward model")
+    panel.set(xlabel="KL to the SFT model, nats an answer", ylabel="score")
+    gold = panel.twinx()
+    gold.plot([s["KL"] for s in steps], [s["gold"] for s in steps], "s-", color=colours["dpo"],
+              label="gold: the hidden preference")
+    gold.set_ylabel("gold")
+    figure.legend(frameon=False, loc="lower center", ncols=2)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(folder / "overoptimisation.svg", transparent=True, metadata={"Date": None})
+
+
+# ------------------------------------------------------------------------------ command
+
+
+def parse_args(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument("--quick", action="store_true", help="15 steps, one seed, results to runs/quick")
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    folder = ROOT / "runs" / ("quick" if args.quick else "compare")
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = plan(args)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for job in tqdm([pool.submit(train, n, argv, folder) for n, argv in runs.items()]):
+            job.result()
+    best = best_of(folder, 8 if args.quick else 64)
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in runs}
+    text = table(results, best)
+    print(text)
+    target = (folder, folder) if args.quick else (ROOT / "benchmarks", ROOT / "docs")
+    (target[0] / "compare.md").write_text(text)
+    (target[0] / "compare.json").write_text(
+        json.dumps({"best of": best, "runs": results}, indent=1) + "\n")
+    try:
+        figures(results, best, target[1])
+    except ImportError:
+        print("no figures: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    main()
