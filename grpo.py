@@ -217,7 +217,7 @@ def save_samples(out, step, rows, batch):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=24, lr=(1e-3, 3e-5))
+    p = common.flags(__doc__, steps=200, batch_size=24, lr=(2e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
     add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
     add("--max-new-tokens", type=whole, default=96, help="of a response (96)")

@@ -214,7 +214,7 @@ def save_samples(out, step, rows, batch):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=12, lr=(1e-3, 3e-5))
+    p = common.flags(__doc__, steps=200, batch_size=12, lr=(2e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
     add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
     add("--max-new-tokens", type=whole, default=96, help="of a response (96)")
@@ -222,7 +222,7 @@ def parse_args(argv=None):
     add("--beta", type=amount, default=0.05, help="KL weight, units of score per nat (0.05)")
     add("--kl-target", type=amount, help="nats per response that adapt beta (off)")
     add("--missing-eos-score", type=float, default=-3.0, help="if it does not stop (-3)")
-    add("--ppo-epochs", type=whole, default=4, help="passes over a rollout batch (4)")
+    add("--ppo-epochs", type=whole, default=2, help="passes over a rollout batch (2)")
     add("--minibatches", type=whole, default=1, help="updates a pass (1)")
     add("--clip", type=amount, default=0.2, help="eps of the ratio (0.2)")
     add("--value-clip", type=amount, default=0.2, help="eps of the values, in units of score (0.2)")

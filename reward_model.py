@@ -106,7 +106,7 @@ def evaluate(model, pairs, args):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=850, batch_size=32, lr=(3e-3, 1e-4))
+    p = common.flags(__doc__, steps=600, batch_size=32, lr=(3e-3, 1e-4))
     p.add_argument("--margin", type=common.amount, default=0.0, help="m of the loss (0)")
     p.add_argument("--center", type=common.amount, default=0.01, help="c of the loss (0.01)")
     p.add_argument("--warmup", type=common.amount, default=0.05, help="share of the steps (0.05)")
