@@ -149,12 +149,12 @@ def sample(model, tokenizer, rows, reward, args):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=16, lr=(1e-3, 3e-5))
+    p = common.flags(__doc__, steps=200, batch_size=16, lr=(5e-4, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
     add("--reward", help="scores the samples, trains nothing: folder, hub id, file.py:function")
     add("--max-new-tokens", type=whole, default=96, help="of a sample (96)")
     add("--temperature", type=amount, default=0.7, help="of samples and log-probabilities (0.7)")
-    add("--beta", type=amount, default=0.1, help="KL weight, units of reward per nat (0.1)")
+    add("--beta", type=amount, default=0.4, help="KL weight, units of reward per nat (0.4)")
     add("--loss", default="sigmoid", choices=["sigmoid", "ipo"], help="(sigmoid)")
     add("--label-smoothing", type=amount, default=0.0, help="share of flipped labels (0)")
     add("--missing-eos-score", type=float, default=-3.0, help="of a sample that runs on (-3)")

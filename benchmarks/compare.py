@@ -1,7 +1,7 @@
 """DPO, PPO, TRPO and GRPO side by side on the tiny world, with best-of-n and plain SFT.
 
     python benchmarks/compare.py            all; what has run before is not run again
-    python benchmarks/compare.py --quick    the same with 15 steps and one seed, to see that it works
+    python benchmarks/compare.py --quick    15 steps, one seed, one --beta: to see that it works
 
 All start from tiny/sft and may look at the same number of answers: 200 steps of 12 (dpo: of 12
 labelled pairs). Three seeds with default flags, then seed 0 with a lower and a higher --beta, then
@@ -41,8 +41,9 @@ def plan(args):
     steps, seeds = (15, (0,)) if args.quick else (200, (0, 1, 2))
     runs = {f"{script}-seed{seed}": [f"{script}.py", "--seed", str(seed)]
             for seed in seeds for script in SCRIPTS}
-    runs |= {f"{script}-beta{beta:g}": [f"{script}.py", "--beta", str(beta)]
-             for script in SCRIPTS for beta in BETAS[script]}
+    if not args.quick:
+        runs |= {f"{script}-beta{beta:g}": [f"{script}.py", "--beta", str(beta)]
+                 for script in SCRIPTS for beta in BETAS[script]}
     runs = {name: [*argv, "--steps", str(steps), "--batch-size", "12"]
             for name, argv in runs.items()}
     runs["ppo-long"] = ["ppo.py", "--beta", "0", "--steps", str(2 * steps), "--batch-size", "12",
@@ -50,7 +51,7 @@ def plan(args):
     return runs
 
 
-def train(name, argv, folder):
+def train(name, argv, folder, prompts):
     """Runs a script, unless its result is there; keeps seconds and peak memory beside it."""
     out, record = folder / name, folder / f"{name}.json"
     if record.is_file():
@@ -66,17 +67,17 @@ def train(name, argv, folder):
     seconds = sum(json.loads(line)["seconds"] for line in open(out / "metrics.jsonl"))
     found = {}
     for adapter in sorted(out.glob("step-*"), key=lambda p: int(p.name[5:])) or [out]:
-        found[adapter.name] = judged(adapter, env)
+        found[adapter.name] = judged(adapter, env, prompts)
     last = list(found.values())[-1]
     kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     last |= {"seconds": seconds, "memory, GB": kilobytes / 1e6}
     record.write_text(json.dumps({"argv": argv, **last, "steps": found}, indent=1))
 
 
-def judged(adapter, env):
+def judged(adapter, env, prompts):
     """tiny/judge.py's numbers for one adapter, from a process of its own."""
-    code = ("import argparse, json, sys; sys.path.insert(0, '.'); from tiny import judge; "
-            "args = judge.parse_args([sys.argv[1]]); "
+    code = ("import json, sys; sys.path.insert(0, '.'); from tiny import judge; "
+            f"args = judge.parse_args(['--prompts', '{prompts}']); "
             "print(json.dumps(judge.judge(sys.argv[1], args)[0]))")
     done = subprocess.run([sys.executable, "-c", code, str(adapter)], cwd=ROOT, env=env, check=True,
                           capture_output=True, text=True)
@@ -173,9 +174,9 @@ def main(argv=None):
     args = parse_args(argv)
     folder = ROOT / "runs" / ("quick" if args.quick else "compare")
     folder.mkdir(parents=True, exist_ok=True)
-    runs = plan(args)
+    runs, prompts = plan(args), 32 if args.quick else 384
     with ThreadPoolExecutor(args.jobs) as pool:
-        for job in tqdm([pool.submit(train, n, argv, folder) for n, argv in runs.items()]):
+        for job in tqdm([pool.submit(train, n, argv, folder, prompts) for n, argv in runs.items()]):
             job.result()
     best = best_of(folder, 8 if args.quick else 64)
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name in runs}

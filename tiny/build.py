@@ -221,7 +221,7 @@ def write(name, rows):
 
 # How often each kind of damage is done: more often what a quick reader overlooks.
 DAMAGE = dict(off_topic=1, another_prompt=0, jargon=1, repetition=3, abrupt=1, rambling=1,
-              missing_part=5, padding=1)
+              missing_part=5, padding=1, garbled=4)
 
 
 def answer_pools(split, each):
@@ -243,11 +243,11 @@ def answer_pools(split, each):
 def pair_of(asked, other, pools, rng):
     """Two answers to the prompt `asked` and how the pair was made.
 
-    A fifth of the pairs are two samples. Three tenths set a good answer against a good answer to
-    another prompt, and half against a damaged copy of itself: optimisation will try these failures,
+    A fifth of the pairs are two samples. A quarter set a good answer against a good answer to
+    another prompt, the rest against a damaged copy of itself: optimisation will try these failures,
     and a reward model that never saw them compared cannot know that people dislike them. Good is
     one of the best three samples; it stands for what later policies write."""
-    made = rng.choices(["samples", "other prompt", "damaged"], [2, 3, 5])[0]
+    made = rng.choices(["samples", "other prompt", "damaged"], [20, 25, 55])[0]
     if made == "samples":
         return *rng.sample(pools[asked["prompt"]], 2), made
     good = rng.choice(pools[asked["prompt"]][:3])

@@ -177,10 +177,25 @@ def rambling(sentences, topic, rng):
 
 
 def missing_part(sentences, topic, rng):
-    """One of the parts is gone: the greeting, the comparison, the plain facts or the question."""
+    """One of the parts is gone: the greeting, the comparison, the question, or the plain facts; of
+    these sometimes all but one."""
     kinds = [lookup(s)[0] for s in sentences]
     gone = rng.choice(sorted(set(kinds)))
-    return [s for s, kind in zip(sentences, kinds) if kind != gone]
+    spared = kinds.index("plain") if gone == "plain" and rng.random() < 0.5 else None
+    out = [s for i, (s, kind) in enumerate(zip(sentences, kinds)) if kind != gone or i == spared]
+    return out if len(out) < len(sentences) else out[:-1]
+
+
+def garbled(sentences, topic, rng):
+    """One sentence ends in the words of another."""
+    out = list(sentences)
+    i = rng.randrange(len(out))
+    other = TOPICS[rng.choice([topic, rng.choice(list(TOPICS))])]
+    tail = rng.choice(other["plain"] + other["analogy"] + other["closing"]).split()
+    head = out[i].split()
+    head = head[: rng.randint(1, max(1, len(head) - 2))]
+    out[i] = " ".join(head + tail[rng.randint(1, len(tail) - 2) :])
+    return out
 
 
 def padding(sentences, topic, rng):
@@ -193,6 +208,7 @@ FLAWS = {
     f.__name__: f
     for f in (
         off_topic, another_prompt, jargon, repetition, abrupt, rambling, missing_part, padding,
+        garbled,
     )
 }
 
