@@ -111,7 +111,8 @@ def table(results, best):
         name = "SFT" if n == 1 else f"best of {n}"
         kl = math.log(n) - (n - 1) / n
         rows.append((name, *(f"{stats[c]:.2f}" for c in COLUMNS[:2]), f"{kl:.2f}",
-                     *(f"{stats[c]:.2f}" for c in COLUMNS[3:6]), "", ""))
+                     f"{stats['on topic']:.2f}",
+                     *(f"{stats[c]:.2f}" if n == 1 else "" for c in COLUMNS[4:6]), "", ""))
     for script in SCRIPTS:
         seeds = [r for name, r in results.items() if name.startswith(f"{script}-seed")]
         rows.append((script.upper(), *(spread([r[c] for r in seeds]) for c in COLUMNS)))
