@@ -89,8 +89,17 @@ def flags(doc, steps, batch_size, lr):
     return p
 
 
+def sampling_flags(p):
+    """Adds the flags of the scripts that sample answers and score them."""
+    add = p.add_argument
+    add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
+    add("--max-new-tokens", type=whole, default=96, help="of a response (96)")
+    add("--temperature", type=amount, default=0.7, help="of sampling and log-probabilities (0.7)")
+    add("--missing-eos-score", type=float, default=-3.0, help="if it does not stop (-3)")
+
+
 def defaults(args, adapter, data):
-    """Fills in --adapter and --data: with --model tiny the shipped ones, else none."""
+    """Fills in --adapter, --data and --reward: with --model tiny the shipped ones, else none."""
     tiny = args.model == "tiny"
     if args.adapter is None and tiny and adapter:
         args.adapter = str(TINY / adapter)
@@ -99,6 +108,10 @@ def defaults(args, adapter, data):
     if args.data is None and not tiny:
         fail(f"--model {args.model} needs --data: a hub id, a file or a folder")
     args.data = args.data or str(TINY / data)
+    if "reward" in args and tiny:
+        args.reward = args.reward or str(TINY / "reward_model")
+    if "temperature" in args and args.temperature == 0:
+        fail("--temperature must be above 0: log-probabilities are taken at it too")
     args.lr = args.lr[0 if tiny else 1] if isinstance(args.lr, tuple) else args.lr
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
     if args.batch_size % args.micro_batch_size:
@@ -244,6 +257,25 @@ def encode_pair(tokenizer, prompt, response, max_length):
     r = tokenizer(response, add_special_tokens=False).input_ids + [end_of_turn(tokenizer)]
     room = max_length - len(r)
     return (p[-room:], r) if room > 0 else None
+
+
+def encode_preferences(tokenizer, rows, max_length, which="training"):
+    """[(row, prompt ids, chosen ids, rejected ids)] of the pairs that can teach something; what is
+    dropped is counted and printed: answers that do not fit, and pairs that are identical, whose
+    gradient is zero."""
+    kept, long, same = [], 0, 0
+    for row in rows:
+        c, r = (encode_pair(tokenizer, row["prompt"], row[side], max_length)
+                for side in ("chosen", "rejected"))
+        if c is None or r is None:
+            long += 1
+        elif c == r:
+            same += 1
+        else:  # both answers to the same piece of a cut prompt
+            kept.append((row, min(c[0], r[0], key=len), c[1], r[1]))
+    print(f"{len(kept)} {which} pairs (dropped: {long} longer than {max_length} tokens, "
+          f"{same} identical)")
+    return kept
 
 
 def pad(sequences, side, device):
@@ -591,6 +623,13 @@ def start_run(out, args):
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def save_samples(out, step, rows, responses, scores):
+    """Adds responses with their scores to samples.jsonl; step counts the updates made before."""
+    for row, response, score in zip(rows, responses, scores):
+        sample = {"step": step, "prompt": row["prompt"], "response": response, "score": score}
+        append(out / "samples.jsonl", sample)
+
+
 def append(path, row):
     """Adds one JSON object to a .jsonl file, its numbers to six digits."""
     row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
@@ -609,6 +648,16 @@ def print_table(title, before, after):
     print(f"\n{title:28} {'before':>10} {'after':>10}")
     for key in before:
         print(f"{key:28} {before[key]:10.3f} {after[key]:10.3f}")
+
+
+def print_ceiling(rows, accuracy):
+    """Prints how often the labeller agrees with a fresh label of its own, where the data rows state
+    how sure it was: always guessing the likelier answer does no better."""
+    sure = [row["p_chosen"] for row in rows if row.get("p_chosen") is not None]
+    if len(sure) == len(rows):
+        ceiling = sum(max(p, 1 - p) for p in sure) / len(sure)
+        reached = f"reached: {accuracy / ceiling:.1%}"
+        print(f"{'the labeller agrees':28} {'':10} {ceiling:10.3f}   {reached}")
 
 
 def print_samples(rows, before, after, n=4):

@@ -69,22 +69,6 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta=0.1, loss="sigmoid", label_smoot
 # ------------------------------------------------------------------------------ batch
 
 
-def encode(tokenizer, rows, max_length):
-    """[(row, prompt ids, chosen ids, rejected ids)], and the counts of pairs that were dropped: too
-    long, or identical, which teach nothing: their gradient is zero."""
-    kept, long, same = [], 0, 0
-    for row in rows:
-        c, r = (common.encode_pair(tokenizer, row["prompt"], row[side], max_length)
-                for side in ("chosen", "rejected"))
-        if c is None or r is None:
-            long += 1
-        elif c == r:
-            same += 1
-        else:  # both answers to the same piece of a cut prompt
-            kept.append((row, min(c[0], r[0], key=len), c[1], r[1]))
-    return kept, long, same
-
-
 def pair_logps(model, name, pairs, args):
     """Summed log-probabilities (chosen [B], rejected [B]) in one forward pass over both."""
     prompts, left = common.pad([p for _, p, _, _ in pairs] * 2, "left", model.device)
@@ -126,15 +110,15 @@ def sample(model, tokenizer, rows, reward, args):
             model, prompts, stop, args.max_new_tokens, args.temperature, generator)
     R, logps = mask.shape[1], {}
     for name in ("policy", "reference" if args.adapter else None):
-        logits = []
+        found = []
         for part in torch.arange(len(ids)).split(args.micro_batch_size):
             with lora.use_adapter(model, name):
-                part_logits = common.response_logits(model, ids[part], attention[part], R)
-            logits.append(token_logps(part_logits, ids[part, -R:], args.temperature))
-        logps[name] = torch.cat(logits)
+                logits = common.response_logits(model, ids[part], attention[part], R)
+            found.append(token_logps(logits, ids[part, -R:], args.temperature))
+        logps[name] = torch.cat(found)
     policy, reference = logps.values()
-    responses, ended = common.decode(tokenizer, ids[:, -R:], mask), common.ended(
-        ids[:, -R:], mask, stop)
+    y = ids[:, -R:]
+    responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
     stats = {"kl": ((policy - reference) * mask).sum(1).mean().item(),
              "eos_rate": ended.float().mean().item(), "length": mask.sum(1).mean().item()}
     if reward is None:
@@ -150,38 +134,22 @@ def sample(model, tokenizer, rows, reward, args):
 
 def parse_args(argv=None):
     p = common.flags(__doc__, steps=200, batch_size=16, lr=(5e-4, 3e-5))
-    add, whole, amount = p.add_argument, common.whole, common.amount
-    add("--reward", help="scores the samples, trains nothing: folder, hub id, file.py:function")
-    add("--max-new-tokens", type=whole, default=96, help="of a sample (96)")
-    add("--temperature", type=amount, default=0.7, help="of samples and log-probabilities (0.7)")
+    add, amount = p.add_argument, common.amount
+    common.sampling_flags(p)  # of the samples that are looked at; nothing is learnt from them
     add("--beta", type=amount, default=0.4, help="KL weight, units of reward per nat (0.4)")
     add("--loss", default="sigmoid", choices=["sigmoid", "ipo"], help="(sigmoid)")
     add("--label-smoothing", type=amount, default=0.0, help="share of flipped labels (0)")
-    add("--missing-eos-score", type=float, default=-3.0, help="of a sample that runs on (-3)")
     add("--warmup", type=amount, default=0.05, help="share of the steps (0.05)")
     args = p.parse_args(argv)
     common.defaults(args, adapter="sft", data="preferences.jsonl")
-    if args.reward is None and args.model == "tiny":
-        args.reward = str(common.TINY / "reward_model")
-    if args.temperature == 0 or args.beta == 0:
-        common.fail("--temperature and --beta must be above 0")
+    if args.beta == 0:
+        common.fail("--beta must be above 0: it divides the reward")
     if args.label_smoothing >= 0.5 or (args.label_smoothing and args.loss == "ipo"):
         common.fail("--label-smoothing must be below 0.5, and goes with --loss sigmoid only")
     return args
 
 
 # ------------------------------------------------------------------------------ main loop
-
-
-def report(rows, before, after):
-    """Prints the held-out table, and the labeller's ceiling where the data state it."""
-    common.print_table(f"{len(rows)} held-out pairs", before, after)
-    sure = [row["p_chosen"] for row in rows if row.get("p_chosen") is not None]
-    if len(sure) == len(rows):
-        # The likelier answer is the best guess; it agrees with a fresh label this often.
-        ceiling = sum(max(p, 1 - p) for p in sure) / len(sure)
-        share = after["accuracy"] / ceiling
-        print(f"{'the labeller agrees':28} {'':10} {ceiling:10.3f}   reached: {share:.1%}")
 
 
 def main(argv=None):
@@ -194,9 +162,9 @@ def main(argv=None):
     if args.adapter:
         lora.copy_adapter(model, "policy", "reference")
     reward = common.load_reward(args.reward, model, tokenizer, args) if args.reward else None
-    pairs, long, same = encode(tokenizer, train, args.max_length)
-    test_pairs, _, _ = encode(tokenizer, common.take(test, args.eval_size), args.max_length)
-    print(f"{len(pairs)} pairs (dropped: {long} longer than {args.max_length}, {same} identical)")
+    test, room = common.take(test, args.eval_size), args.max_length
+    pairs = common.encode_preferences(tokenizer, train, room)
+    test_pairs = common.encode_preferences(tokenizer, test, room, "held-out")
     if not pairs or not test_pairs:
         common.fail(f"no pair of different answers fits into --max-length {args.max_length}")
     test = [row for row, _, _, _ in test_pairs]
@@ -210,12 +178,7 @@ def main(argv=None):
     print(f"loss before training {before['loss']:.3f} (sigmoid: ln 2 = {math.log(2):.3f})")
     common.start_run(out, args)
 
-    def save_samples(step, texts, scores):
-        for row, text, score in zip(test, texts, scores):
-            found = {"step": step, "prompt": row["prompt"], "response": text, "score": score}
-            common.append(out / "samples.jsonl", found)
-
-    save_samples(0, texts_before, scores)
+    common.save_samples(out, 0, test, texts_before, scores)
     parameters = lora.adapter_parameters(model, "policy")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)
     bar = tqdm(range(args.steps), desc="dpo")
@@ -247,10 +210,11 @@ def main(argv=None):
 
     lora.save_adapter(model, "policy", out)
     samples, texts_after, scores = sample(model, tokenizer, test, reward, args)
-    save_samples(args.steps, texts_after, scores)
+    common.save_samples(out, args.steps, test, texts_after, scores)
     after = measure(reference_logps(model, "policy", test_pairs, args), test_refs, args) | samples
     common.print_samples(test, texts_before, texts_after)
-    report(test, before, after)
+    common.print_table(f"{len(test)} held-out pairs", before, after)
+    common.print_ceiling(test, after["accuracy"])
     print(f"\nsaved {out}")
 
 

@@ -206,22 +206,13 @@ def update(model, parameters, optimizer, batch, args):
     return mean | {"ratio_max": max(s["ratio_max"] for s in seen), "first": seen[0]}
 
 
-def save_samples(out, step, rows, batch):
-    """Adds responses with their scores to samples.jsonl; step counts the updates made before."""
-    for row, response, score in zip(rows, batch["responses"], batch["score"].tolist()):
-        sample = {"step": step, "prompt": row["prompt"], "response": response, "score": score}
-        common.append(out / "samples.jsonl", sample)
-
-
 # ------------------------------------------------------------------------------ flags
 
 
 def parse_args(argv=None):
     p = common.flags(__doc__, steps=200, batch_size=24, lr=(2e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
-    add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
-    add("--max-new-tokens", type=whole, default=96, help="of a response (96)")
-    add("--temperature", type=amount, default=0.7, help="of sampling and log-probabilities (0.7)")
+    common.sampling_flags(p)
     add("--group-size", type=whole, default=6, help="G, answers a prompt; divides the batch (6)")
     add("--adv", default="std", choices=["std", "none", "loo"], help="advantages (std)")
     add("--loss", default="grpo", choices=["grpo", "dapo", "dr_grpo", "gspo"], help="(grpo)")
@@ -230,16 +221,12 @@ def parse_args(argv=None):
     add("--beta", type=amount, default=0.04, help="KL weight, per nat (0.04)")
     add("--kl-in", default="loss", choices=["loss", "reward"], help="see above (loss)")
     add("--kl", default="k3", choices=["k3", "k3-corrected", "k2"], help="in the loss (k3)")
-    add("--missing-eos-score", type=float, default=-3.0, help="if it does not stop (-3)")
     add("--ppo-epochs", type=whole, default=1, help="passes over a rollout batch (1)")
     add("--minibatches", type=whole, default=1, help="updates a pass (1)")
     args = p.parse_args(argv)
     common.defaults(args, adapter="sft", data="prompts.jsonl")
-    if args.reward is None and args.model != "tiny":
+    if not args.reward:
         common.fail("--reward is needed: a folder, a hub id, or file.py:function")
-    args.reward = args.reward or str(common.TINY / "reward_model")
-    if args.temperature == 0:
-        common.fail("--temperature must be above 0: a policy gradient needs samples")
     if args.group_size < 2:
         common.fail("--group-size must be at least 2: one answer alone is its own mean")
     for flag in ("group_size", "minibatches"):
@@ -270,7 +257,7 @@ def main(argv=None):
 
     before = evaluate()
     common.start_run(out, args)
-    save_samples(out, 0, test, before)
+    common.save_samples(out, 0, test, before["responses"], before["score"].tolist())
     parameters = lora.adapter_parameters(model, "policy")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)
     generator = torch.Generator(model.device).manual_seed(args.seed)
@@ -304,14 +291,14 @@ def main(argv=None):
         row |= batch["stats"] | stats
         row["zero_std_groups"] = int((groups.std(1) == 0).sum())
         common.append(out / "metrics.jsonl", row)
-        save_samples(out, step, rows[:1], batch)
+        common.save_samples(out, step, rows[:1], batch["responses"], batch["score"].tolist())
         bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})
         if args.save_every and (step + 1) % args.save_every == 0:
             lora.save_adapter(model, "policy", out / f"step-{step + 1}")
 
     lora.save_adapter(model, "policy", out)
     after = evaluate()
-    save_samples(out, args.steps, test, after)
+    common.save_samples(out, args.steps, test, after["responses"], after["score"].tolist())
     common.print_samples(test, before["responses"], after["responses"])
     common.print_table(f"{len(test)} held-out prompts", before["stats"], after["stats"])
     print(f"\nsaved {out}")

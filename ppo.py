@@ -203,25 +203,15 @@ def update(model, parameters, optimizer, batch, args):
     return mean | {"ratio_max": max(s["ratio_max"] for s in seen), "first": seen[0]}
 
 
-def save_samples(out, step, rows, batch):
-    """Adds responses with their scores to samples.jsonl; step counts the updates made before."""
-    for row, response, score in zip(rows, batch["responses"], batch["score"].tolist()):
-        sample = {"step": step, "prompt": row["prompt"], "response": response, "score": score}
-        common.append(out / "samples.jsonl", sample)
-
-
 # ------------------------------------------------------------------------------ flags
 
 
 def parse_args(argv=None):
     p = common.flags(__doc__, steps=200, batch_size=12, lr=(2e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
-    add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
-    add("--max-new-tokens", type=whole, default=96, help="of a response (96)")
-    add("--temperature", type=amount, default=0.7, help="of sampling and log-probabilities (0.7)")
+    common.sampling_flags(p)
     add("--beta", type=amount, default=0.05, help="KL weight, units of score per nat (0.05)")
     add("--kl-target", type=amount, help="nats per response that adapt beta (off)")
-    add("--missing-eos-score", type=float, default=-3.0, help="if it does not stop (-3)")
     add("--ppo-epochs", type=whole, default=2, help="passes over a rollout batch (2)")
     add("--minibatches", type=whole, default=1, help="updates a pass (1)")
     add("--clip", type=amount, default=0.2, help="eps of the ratio (0.2)")
@@ -231,13 +221,10 @@ def parse_args(argv=None):
     add("--lam", type=amount, default=0.95, help="lambda of GAE (0.95)")
     args = p.parse_args(argv)
     common.defaults(args, adapter="sft", data="prompts.jsonl")
-    if args.reward is None and args.model != "tiny":
+    if not args.reward:
         common.fail("--reward is needed: a folder, a hub id, or file.py:function")
-    args.reward = args.reward or str(common.TINY / "reward_model")
     if args.kl_target == 0:
         common.fail("--kl-target must be above 0; for no penalty at all use --beta 0")
-    if args.temperature == 0:
-        common.fail("--temperature must be above 0: a policy gradient needs samples")
     if args.batch_size % args.minibatches:
         common.fail(f"--batch-size {args.batch_size} is not a multiple of "
                     f"--minibatches {args.minibatches}")
@@ -270,7 +257,7 @@ def main(argv=None):
 
     before = evaluate()
     common.start_run(out, args)
-    save_samples(out, 0, test, before)
+    common.save_samples(out, 0, test, before["responses"], before["score"].tolist())
     parameters = lora.adapter_parameters(model, "policy") + lora.adapter_parameters(model, "critic")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)
     generator = torch.Generator(model.device).manual_seed(args.seed)
@@ -299,7 +286,7 @@ def main(argv=None):
         row |= batch["stats"] | stats
         row["explained_variance"] = explained_variance(values, ret, mask)
         common.append(out / "metrics.jsonl", row)
-        save_samples(out, step, rows[:1], batch)
+        common.save_samples(out, step, rows[:1], batch["responses"], batch["score"].tolist())
         bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})
         beta = adapt_beta(beta, kl, args.kl_target) if args.kl_target else beta
         if args.save_every and (step + 1) % args.save_every == 0:
@@ -307,7 +294,7 @@ def main(argv=None):
 
     lora.save_adapter(model, "policy", out)
     after = evaluate()
-    save_samples(out, args.steps, test, after)
+    common.save_samples(out, args.steps, test, after["responses"], after["score"].tolist())
     common.print_samples(test, before["responses"], after["responses"])
     common.print_table(f"{len(test)} held-out prompts", before["stats"], after["stats"])
     print(f"\nsaved {out}")

@@ -61,26 +61,9 @@ def calibration(difference, edges=(0.0, 0.5, 1.0, 2.0, 4.0, math.inf)):
 # ------------------------------------------------------------------------------ batch
 
 
-def encode(tokenizer, rows, max_length):
-    """[(row, chosen ids, rejected ids)], and the counts of pairs that were dropped: too long, or
-    identical, which teach nothing: their gradient is zero."""
-    kept, long, same = [], 0, 0
-    for row in rows:
-        c, r = (common.encode_pair(tokenizer, row["prompt"], row[side], max_length)
-                for side in ("chosen", "rejected"))
-        if c is None or r is None:
-            long += 1
-        elif c == r:
-            same += 1
-        else:
-            n = min(len(c[0]), len(r[0]))  # both answers to the same piece of a cut prompt
-            kept.append((row, c[0][-n:] + c[1], r[0][-n:] + r[1]))
-    return kept, long, same
-
-
 def score_pairs(model, pairs):
     """(chosen [B], rejected [B]) scores, in one forward pass over both."""
-    both = [chosen for _, chosen, _ in pairs] + [rejected for _, _, rejected in pairs]
+    both = [x + chosen for _, x, chosen, _ in pairs] + [x + rejected for _, x, _, rejected in pairs]
     ids, attention = common.pad(both, "right", model.device)
     return common.sequence_scores(model, "reward", ids, attention).chunk(2)
 
@@ -118,15 +101,10 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------ main loop
 
 
-def report(pairs, before, after, difference):
+def report(rows, before, after, difference):
     """Prints the held-out table, the labeller's ceiling and the calibration."""
-    common.print_table(f"{len(pairs)} held-out pairs", before, after)
-    sure = [row["p_chosen"] for row, _, _ in pairs if row.get("p_chosen") is not None]
-    if len(sure) == len(pairs):
-        # The likelier answer is the best guess; it agrees with a fresh label this often.
-        ceiling = sum(max(p, 1 - p) for p in sure) / len(sure)
-        share = after["accuracy"] / ceiling
-        print(f"{'the labeller agrees':28} {'':10} {ceiling:10.3f}   reached: {share:.1%}")
+    common.print_table(f"{len(rows)} held-out pairs", before, after)
+    common.print_ceiling(rows, after["accuracy"])
     print(f"\n{'|r_w - r_l|':>14} {'pairs':>6} {'claimed':>8} {'right':>6}")
     for low, high, n, claimed, right in calibration(difference):
         print(f"{low:6.1f} to {high:4.1f} {n:6} {claimed:8.1%} {right:6.1%}")
@@ -141,9 +119,9 @@ def main(argv=None):
     common.start_adapter(model, "reward", args)
     if "reward" not in getattr(model, "heads", {}):
         lora.add_head(model, "reward")
-    pairs, long, same = encode(tokenizer, train, args.max_length)
-    test_pairs, _, _ = encode(tokenizer, common.take(test, args.eval_size), args.max_length)
-    print(f"{len(pairs)} pairs (dropped: {long} longer than {args.max_length}, {same} identical)")
+    test, room = common.take(test, args.eval_size), args.max_length
+    pairs = common.encode_preferences(tokenizer, train, room)
+    test_pairs = common.encode_preferences(tokenizer, test, room, "held-out")
     if not pairs or not test_pairs:
         common.fail(f"no pair of different answers fits into --max-length {args.max_length}")
     before, _ = evaluate(model, test_pairs, args)
@@ -186,10 +164,11 @@ def main(argv=None):
 
     lora.save_adapter(model, "reward", out)
     after, difference = evaluate(model, test_pairs, args)
-    for (row, _, _), d in zip(test_pairs, difference.tolist()):
+    rows = [row for row, _, _, _ in test_pairs]
+    for row, d in zip(rows, difference.tolist()):
         sample = {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
         common.append(out / "samples.jsonl", sample | {"score": d})
-    report(test_pairs, before, after, difference)
+    report(rows, before, after, difference)
     print(f"\nsaved {out}")
 
 

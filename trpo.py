@@ -329,24 +329,14 @@ def fit_critic(model, parameters, optimizer, batch, args):
     return losses[0]
 
 
-def save_samples(out, step, rows, batch):
-    """Adds responses with their scores to samples.jsonl; step counts the updates made before."""
-    for row, response, score in zip(rows, batch["responses"], batch["score"].tolist()):
-        sample = {"step": step, "prompt": row["prompt"], "response": response, "score": score}
-        common.append(out / "samples.jsonl", sample)
-
-
 # ------------------------------------------------------------------------------ flags
 
 
 def parse_args(argv=None):
     p = common.flags(__doc__, steps=200, batch_size=12, lr=(1e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
-    add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
-    add("--max-new-tokens", type=whole, default=96, help="of a response (96)")
-    add("--temperature", type=amount, default=0.7, help="of sampling and log-probabilities (0.7)")
+    common.sampling_flags(p)
     add("--beta", type=amount, default=0.05, help="KL weight, units of score per nat (0.05)")
-    add("--missing-eos-score", type=float, default=-3.0, help="if it does not stop (-3)")
     add("--max-kl", type=amount, default=0.001, help="delta, nats per token and step (0.001)")
     add("--cg-iters", type=whole, default=5, help="Fisher-vector products a step (5)")
     add("--damping", type=amount, default=0.1, help="added to F (0.1)")
@@ -357,11 +347,8 @@ def parse_args(argv=None):
     add("--lam", type=amount, default=0.95, help="lambda of GAE (0.95)")
     args = p.parse_args(argv)
     common.defaults(args, adapter="sft", data="prompts.jsonl")
-    if args.reward is None and args.model != "tiny":
+    if not args.reward:
         common.fail("--reward is needed: a folder, a hub id, or file.py:function")
-    args.reward = args.reward or str(common.TINY / "reward_model")
-    if args.temperature == 0:
-        common.fail("--temperature must be above 0: a policy gradient needs samples")
     if args.damping == 0 or args.max_kl == 0:
         common.fail("--damping and --max-kl must be above 0: F is singular, and a step has a size")
     return args
@@ -393,7 +380,7 @@ def main(argv=None):
 
     before = evaluate()
     common.start_run(out, args)
-    save_samples(out, 0, test, before)
+    common.save_samples(out, 0, test, before["responses"], before["score"].tolist())
     lora.copy_adapter(model, "policy", "old")
     parameters, old, critic = (
         lora.adapter_parameters(model, name) for name in ("policy", "old", "critic"))
@@ -431,14 +418,14 @@ def main(argv=None):
         row |= {"value_loss": critic_loss}
         row["explained_variance"] = explained_variance(values, ret, mask)
         common.append(out / "metrics.jsonl", row)
-        save_samples(out, step, rows[:1], batch)
+        common.save_samples(out, step, rows[:1], batch["responses"], batch["score"].tolist())
         bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})
         if args.save_every and (step + 1) % args.save_every == 0:
             lora.save_adapter(model, "policy", out / f"step-{step + 1}")
 
     lora.save_adapter(model, "policy", out)
     after = evaluate()
-    save_samples(out, args.steps, test, after)
+    common.save_samples(out, args.steps, test, after["responses"], after["score"].tolist())
     common.print_samples(test, before["responses"], after["responses"])
     common.print_table(f"{len(test)} held-out prompts", before["stats"], after["stats"])
     print(f"\nsaved {out}")

@@ -117,25 +117,27 @@ def row(chosen, rejected, prompt="Why?"):
 
 def test_encode_puts_the_end_of_turn_behind_both_answers():
     rows = [row("Yes.", "No, no."), row("1", "2", "So?")]
-    kept, long, same = dpo.encode(byte_tokenizer(), rows, max_length=60)
-    assert (long, same) == (0, 0) and all(k[0] is r for k, r in zip(kept, rows))
+    kept = common.encode_preferences(byte_tokenizer(), rows, max_length=60)
+    assert all(k[0] is r for k, r in zip(kept, rows))
     assert [k[1:] for k in kept] == [
         ([BOS, *spell(f"User: {r['prompt']}\n\nAssistant: ")], [*spell(r["chosen"]), EOS],
          [*spell(r["rejected"]), EOS]) for r in rows]
 
 
-def test_encode_drops_and_counts_long_and_identical_pairs():
+def test_encode_drops_and_counts_long_and_identical_pairs(capsys):
     rows = [row("x" * 60, "No."), row("Same.", "Same."), row("Yes.", "No."), row("No.", "x" * 60),
             row("x" * 60, "x" * 60)]
-    kept, long, same = dpo.encode(byte_tokenizer(), rows, max_length=60)
-    assert [k[0] for k in kept] == [rows[2]] and (long, same) == (3, 1)
+    kept = common.encode_preferences(byte_tokenizer(), rows, 60, "held-out")
+    assert [k[0] for k in kept] == [rows[2]]
+    assert capsys.readouterr().out.strip() == (
+        "1 held-out pairs (dropped: 3 longer than 60 tokens, 1 identical)")
 
 
 @pytest.mark.parametrize("chosen, rejected", [("x" * 30, "No."), ("No.", "x" * 30)])
 def test_both_answers_follow_the_same_piece_of_a_cut_prompt(chosen, rejected):
     """What fits beside the longer one: the end of the prompt."""
     prompt = "Why? " * 20
-    kept, _, _ = dpo.encode(byte_tokenizer(), [row(chosen, rejected, prompt)], max_length=60)
+    kept = common.encode_preferences(byte_tokenizer(), [row(chosen, rejected, prompt)], 60)
     assert kept[0][1] == spell(f"User: {prompt}\n\nAssistant: ")[-(60 - 31):]
 
 
@@ -295,10 +297,10 @@ def test_a_sample_is_measured_by_what_is_known_of_each_answer(
 def test_the_labeller_agrees_with_itself_as_often_as_its_probabilities_say(capsys):
     """0.9 and 1 - 0.3 make a ceiling of 0.8, of which 0.6 is 75%; silent where a row has none."""
     rows = [{"p_chosen": 0.9}, {"p_chosen": 0.3}]
-    dpo.report(rows, {"accuracy": 0.0}, {"accuracy": 0.6})
+    common.print_ceiling(rows, 0.6)
     last = capsys.readouterr().out.strip().split("\n")[-1]
     assert last.split() == ["the", "labeller", "agrees", "0.800", "reached:", "75.0%"]
-    dpo.report([*rows, {"p_chosen": None}], {"accuracy": 0.0}, {"accuracy": 0.6})
+    common.print_ceiling([*rows, {"p_chosen": None}], 0.6)
     assert "labeller" not in capsys.readouterr().out
 
 
@@ -337,7 +339,7 @@ def test_each_step_has_the_gradient_of_its_whole_batch_against_the_first_policy(
     first = [p.detach().clone() for p in parameters]
     dpo.main([*flags.split(), "", "--out", str(out)])
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    pairs, order = dpo.encode(Letters(), ROWS, 120)[0], common.batches(len(ROWS), 3, 5)
+    pairs, order = common.encode_preferences(Letters(), ROWS, 120), common.batches(len(ROWS), 3, 5)
     for step in (0, 1):
         batch, refs = [pairs[i] for i in next(order)], []
         for moved in (0.0, 0.05 * step):

@@ -327,9 +327,8 @@ def test_rollout_logps_are_those_of_each_row_alone(actor, adapter, reference, mi
 
 
 def test_save_samples_writes_one_line_a_response(tmp_path):
-    batch = {"responses": ["x", "y"], "score": torch.tensor([1.5, -3.0])}
     for step in (0, 7):
-        grpo.save_samples(tmp_path, step, PROMPTS[:2], batch)
+        common.save_samples(tmp_path, step, PROMPTS[:2], ["x", "y"], [1.5, -3.0])
     found = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert found == [{"step": step, "prompt": p, "response": r, "score": s} for step in (0, 7)
                      for p, r, s in (("a", "x", 1.5), ("a" * 30, "y", -3.0))]

@@ -94,30 +94,27 @@ def test_calibration_bins_by_size_and_leaves_empty_bins_out():
 # ------------------------------------------------------------------------------ batch
 
 
-def test_encode_drops_long_and_identical_pairs_and_counts_them(tokenizer):
+def test_encode_drops_long_and_identical_pairs_and_counts_them(tokenizer, capsys):
     def row(chosen, rejected):
         return {"prompt": "Why?", "chosen": chosen, "rejected": rejected}
 
     rows = [row("Yes.", "No."), row("Same.", "Same."), row("Long " * 80, "No."),
             row("No.", "Long " * 80)]
-    kept, long, same = reward_model.encode(tokenizer, rows, max_length=60)
-    assert (len(kept), long, same) == (1, 2, 1)
-    original, chosen, rejected = kept[0]
+    [(original, prompt, chosen, rejected)] = common.encode_preferences(tokenizer, rows, 60)
+    assert "1 training pairs (dropped: 2 longer than 60 tokens, 1 id" in capsys.readouterr().out
     assert original is rows[0]
     assert chosen[-1] == rejected[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(chosen[:-1]).endswith("User: Why?\n\nAssistant: Yes.")
-    assert tokenizer.decode(rejected[:-1]).endswith("User: Why?\n\nAssistant: No.")
+    assert tokenizer.decode(prompt + chosen[:-1]).endswith("User: Why?\n\nAssistant: Yes.")
+    assert tokenizer.decode(prompt + rejected[:-1]).endswith("User: Why?\n\nAssistant: No.")
 
 
 def test_both_answers_follow_the_same_piece_of_a_cut_prompt(tokenizer):
     """A prompt that is too long loses as much beside the short answer as beside the long one."""
     row = {"prompt": "Why? " * 60, "chosen": "Yes.", "rejected": "No, and no. " * 6}
-    [(_, chosen, rejected)], _, _ = reward_model.encode(tokenizer, [row], max_length=60)
-    prompts = []
+    [(_, prompt, chosen, rejected)] = common.encode_preferences(tokenizer, [row], 60)
     for ids, side in ((chosen, "chosen"), (rejected, "rejected")):
-        n = len(tokenizer(row[side], add_special_tokens=False).input_ids) + 1
-        prompts.append(ids[:-n])
-    assert prompts[0] == prompts[1] and len(rejected) == 60
+        assert ids[:-1] == tokenizer(row[side], add_special_tokens=False).input_ids
+    assert len(chosen) < len(rejected) == 60 - len(prompt)
 
 
 @pytest.fixture

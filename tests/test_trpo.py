@@ -37,7 +37,7 @@ def double(monkeypatch):
 
 @pytest.mark.parametrize("name", [
     "token_logps", "masked_mean", "kl_shaped_rewards", "gae", "whiten", "token_entropy",
-    "explained_variance", "rollout", "save_samples",
+    "explained_variance", "rollout",
 ])
 def test_what_is_named_as_in_ppo_is_the_same(name):
     """But for docstrings and comments."""
