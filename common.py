@@ -6,6 +6,7 @@ generates, so that one can talk to what was trained.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -19,13 +20,16 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import lora
 
 TINY = Path(__file__).parent / "tiny"
+LOGITS = 2**25  # how many logits are held at once: 128 MB of fp32
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -85,6 +89,7 @@ def flags(doc, steps, batch_size, lr):
     add("--max-length", type=whole, default=1024, help="tokens of prompt + response (1024)")
     add("--eval-size", type=whole, default=128, help="held-out rows to measure on (128)")
     add("--save-every", type=whole, help="steps between saved adapters (only at the end)")
+    add("--grad-checkpoint", action="store_true", help="less memory, a third more time")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     return p
 
@@ -108,8 +113,8 @@ def defaults(args, adapter, data):
     if args.data is None and not tiny:
         fail(f"--model {args.model} needs --data: a hub id, a file or a folder")
     args.data = args.data or str(TINY / data)
-    if "reward" in args and tiny:
-        args.reward = args.reward or str(TINY / "reward_model")
+    if "reward" in args and args.reward is None and tiny:
+        args.reward = str(TINY / "reward_model")
     if "temperature" in args and args.temperature == 0:
         fail("--temperature must be above 0: log-probabilities are taken at it too")
     args.lr = args.lr[0 if tiny else 1] if isinstance(args.lr, tuple) else args.lr
@@ -172,6 +177,8 @@ def load_model(args):
     tokenizer = load_pretrained(AutoTokenizer, name, args, dtype)
     model = load_pretrained(AutoModelForCausalLM, name, args, dtype).to(device).eval()
     model.name_or_path = "tiny/model" if name == TINY / "model" else str(name)
+    if getattr(args, "grad_checkpoint", False):
+        checkpoint_layers(model)
     if hasattr(args, "max_length"):
         positions = getattr(model.config, "max_position_embeddings", None) or args.max_length
         args.max_length = min(args.max_length, positions)
@@ -179,6 +186,24 @@ def load_model(args):
     if end_of_turn(tokenizer) is None:
         fail(f"the tokenizer of {args.model} has no EOS token: an answer could not end")
     return model, tokenizer
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: what happens inside a layer is not kept but computed again in the
+    backward pass, with the adapter that was active the first time."""
+    def adapter():
+        return contextlib.nullcontext(), lora.use_adapter(model, lora.active_adapter(model))
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+    def switch(*_):  # transformers ties it to training mode, which here no part inside is in
+        for layer in layers:
+            layer.training = torch.is_grad_enabled()
+
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.22 on
+    enable = enable or model.gradient_checkpointing_enable
+    enable(dict(use_reentrant=False, context_fn=adapter))
+    model.base_model.register_forward_pre_hook(switch)
 
 
 def load_adapter(model, name, folder, trainable=False):
@@ -305,21 +330,47 @@ def inputs(ids, attention):
     return dict(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
 
 
-def response_logits(model, ids, attention, R):
-    """Logits [B, R, V] that predict the last R tokens of ids [B, T]: position t-1 predicts t."""
-    return model(**inputs(ids, attention), logits_to_keep=R + 1).logits[:, :-1]
-
-
 def hidden_states(model, ids, attention):
     """What the output head and the scalar heads read: [B, T, d]."""
     return model.base_model(**inputs(ids, attention)).last_hidden_state
 
 
+def response_states(model, ids, attention, R):
+    """The states before each of the last R tokens of ids [B, T]: position t-1 predicts token t.
+    [B, R, d]"""
+    return hidden_states(model, ids, attention)[:, -R - 1 : -1]
+
+
+def logits_of(model, states):
+    """Logits [B, R, V] of states [B, R, d]."""
+    logits = model.get_output_embeddings()(states)
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def per_token(model, states, function, *given):
+    """function(logits [1, n, V], *given [1, n]) of all tokens, n at a time: [B, R], from states
+    [B, R, d] and what is given for each token, [B, R].
+
+    In a large vocabulary the logits are by far the largest tensor. At most LOGITS of them are there
+    at any time; a gradient computes them again, piece by piece."""
+    def piece(states, *given):
+        return function(logits_of(model, states), *given)
+
+    n = max(1, LOGITS // len(model.get_output_embeddings().weight))
+    flat = [x.flatten(0, 1).unsqueeze(0) for x in (states, *given)]
+    if flat[0].shape[1] <= n:
+        return piece(*flat).view(states.shape[:2])
+    pieces = zip(*(x.split(n, 1) for x in flat))
+    return torch.cat([checkpoint(piece, *p, use_reentrant=False) for p in pieces], 1).view(
+        states.shape[:2])
+
+
 def response_values(model, name, ids, attention, R):
     """V_t [B, R] by the head of adapter `name`, read at the state before each of the R tokens."""
     with lora.use_adapter(model, name):
-        hidden = hidden_states(model, ids, attention)[:, -R - 1 : -1]
-    return model.heads[name](hidden.float()).squeeze(-1)
+        states = response_states(model, ids, attention, R)
+    return model.heads[name](states.float()).squeeze(-1)
 
 
 def sequence_scores(model, name, ids, attention):

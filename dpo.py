@@ -27,6 +27,7 @@ Left out on purpose: length normalisation, and a loss on the chosen answers besi
 
 import math
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +77,9 @@ def pair_logps(model, name, pairs, args):
     y, mask = common.pad(answers, "right", model.device)
     ids, attention = torch.cat([prompts, y], 1), torch.cat([left, mask], 1)
     with lora.use_adapter(model, name):
-        logits = common.response_logits(model, ids, attention, y.shape[1])
-    return (token_logps(logits, y, args.temperature) * mask).sum(1).chunk(2)
+        states = common.response_states(model, ids, attention, y.shape[1])
+    logp = common.per_token(model, states, partial(token_logps, temperature=args.temperature), y)
+    return (logp * mask).sum(1).chunk(2)
 
 
 @torch.no_grad()
@@ -108,18 +110,18 @@ def sample(model, tokenizer, rows, reward, args):
     with lora.use_adapter(model, "policy"):
         ids, attention, mask = common.sample(
             model, prompts, stop, args.max_new_tokens, args.temperature, generator)
-    R, logps = mask.shape[1], {}
+    R, sums = mask.shape[1], []
+    y, logps = ids[:, -R:], partial(token_logps, temperature=args.temperature)
     for name in ("policy", "reference" if args.adapter else None):
         found = []
         for part in torch.arange(len(ids)).split(args.micro_batch_size):
             with lora.use_adapter(model, name):
-                logits = common.response_logits(model, ids[part], attention[part], R)
-            found.append(token_logps(logits, ids[part, -R:], args.temperature))
-        logps[name] = torch.cat(found)
-    policy, reference = logps.values()
-    y = ids[:, -R:]
+                states = common.response_states(model, ids[part], attention[part], R)
+            found.append(common.per_token(model, states, logps, y[part]))
+        sums.append((torch.cat(found) * mask).sum(1))
+    policy, reference = sums
     responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
-    stats = {"kl": ((policy - reference) * mask).sum(1).mean().item(),
+    stats = {"kl": (policy - reference).mean().item(),
              "eos_rate": ended.float().mean().item(), "length": mask.sum(1).mean().item()}
     if reward is None:
         return stats, responses, [None] * len(rows)

@@ -31,6 +31,7 @@ Left out on purpose: resampling of groups without spread (they are counted), an 
 
 import time
 from collections import Counter
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -149,14 +150,16 @@ def rollout(model, tokenizer, rows, G, reward, generator, args):
     rows = [row for row in rows for _ in range(G)]
     R = mask.shape[1]
     y, found = ids[:, -R:], []
+    logps, entropies = (
+        partial(f, temperature=args.temperature) for f in (token_logps, token_entropy))
     for part in torch.arange(len(ids)).split(args.micro_batch_size):
         with lora.use_adapter(model, "policy"):
-            logits = common.response_logits(model, ids[part], attention[part], R)
-        logp = token_logps(logits, y[part], args.temperature)
-        entropy = token_entropy(logits, args.temperature)
+            states = common.response_states(model, ids[part], attention[part], R)
+        logp = common.per_token(model, states, logps, y[part])
+        entropy = common.per_token(model, states, entropies)
         with lora.use_adapter(model, "reference" if args.adapter else None):
-            logits = common.response_logits(model, ids[part], attention[part], R)
-        found.append((logp, token_logps(logits, y[part], args.temperature), entropy))
+            states = common.response_states(model, ids[part], attention[part], R)
+        found.append((logp, common.per_token(model, states, logps, y[part]), entropy))
     logp, logp_ref, entropy = (torch.cat(x) for x in zip(*found))
     responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
     score = reward(ids, attention, [r["prompt"] for r in rows], responses, rows)
@@ -175,14 +178,15 @@ def update(model, parameters, optimizer, batch, args):
     """--ppo-epochs passes over the batch; returns statistics averaged over all minibatches."""
     ids, attention, mask = batch["ids"], batch["attention"], batch["mask"]
     R, seen, beta = mask.shape[1], [], args.beta if args.kl_in == "loss" else 0.0
+    y, logps = ids[:, -R:], partial(token_logps, temperature=args.temperature)
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(len(ids)).chunk(args.minibatches):
             stats = Counter(ratio_max=0.0, ratio_error=0.0)
             for part in rows.split(args.micro_batch_size):
                 m, old, ref = mask[part], batch["logp"][part], batch["logp_ref"][part]
                 with lora.use_adapter(model, "policy"):
-                    logits = common.response_logits(model, ids[part], attention[part], R)
-                logp = token_logps(logits, ids[part][:, -R:], args.temperature)
+                    states = common.response_states(model, ids[part], attention[part], R)
+                logp = common.per_token(model, states, logps, y[part])
                 loss = grpo_loss(logp, old, ref, batch["adv"][part], m, args.clip_low,
                                  args.clip_high, beta, args.loss, args.max_new_tokens, args.kl)
                 # what a micro-batch is a mean over: tokens in (GRPO.6), answers in the others

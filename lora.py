@@ -161,7 +161,7 @@ def use_adapter(model, name):
     """Inside the block `model` computes with the adapter `name`; with None, as the bare base.
 
     The adapter that was active before is active again afterwards. Gradient checkpointing runs
-    parts of the forward pass again during backward(), which then has to be inside the block too.
+    parts of the forward pass again during backward(): they must find the same adapter then.
     Raises ValueError for a name that no layer has."""
     if name is not None:
         require(model, name)
@@ -174,6 +174,11 @@ def use_adapter(model, name):
     finally:
         for layer, active in zip(layers, before):
             layer.active = active
+
+
+def active_adapter(model):
+    """The name of the adapter that `model` computes with, or None."""
+    return next((layer.active for layer in lora_layers(model).values()), None)
 
 
 def add_head(model, name):

@@ -27,6 +27,7 @@ Left out on purpose: an entropy bonus, whitening of rewards, and early stopping 
 
 import time
 from collections import Counter
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -144,14 +145,16 @@ def rollout(model, tokenizer, rows, reward, generator, args):
             model, prompts, stop, args.max_new_tokens, args.temperature, generator)
     R = mask.shape[1]
     y, found = ids[:, -R:], []
+    logps, entropies = (
+        partial(f, temperature=args.temperature) for f in (token_logps, token_entropy))
     for part in torch.arange(len(ids)).split(args.micro_batch_size):
         with lora.use_adapter(model, "policy"):
-            logits = common.response_logits(model, ids[part], attention[part], R)
-        logp = token_logps(logits, y[part], args.temperature)
-        entropy = token_entropy(logits, args.temperature)
+            states = common.response_states(model, ids[part], attention[part], R)
+        logp = common.per_token(model, states, logps, y[part])
+        entropy = common.per_token(model, states, entropies)
         with lora.use_adapter(model, "reference" if args.adapter else None):
-            logits = common.response_logits(model, ids[part], attention[part], R)
-        logp_ref = token_logps(logits, y[part], args.temperature)
+            states = common.response_states(model, ids[part], attention[part], R)
+        logp_ref = common.per_token(model, states, logps, y[part])
         values = common.response_values(model, "critic", ids[part], attention[part], R)
         found.append((logp, logp_ref, entropy, values * mask[part]))
     logp, logp_ref, entropy, values = (torch.cat(x) for x in zip(*found))
@@ -172,14 +175,15 @@ def update(model, parameters, optimizer, batch, args):
     """--ppo-epochs passes over the batch; returns statistics averaged over all minibatches."""
     ids, attention, mask = batch["ids"], batch["attention"], batch["mask"]
     R, seen = mask.shape[1], []
+    y, logps = ids[:, -R:], partial(token_logps, temperature=args.temperature)
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(len(ids)).chunk(args.minibatches):
             stats = Counter(ratio_max=0.0, ratio_error=0.0)
             for part in rows.split(args.micro_batch_size):
                 m, old, ret = mask[part], batch["logp"][part], batch["ret"][part]
                 with lora.use_adapter(model, "policy"):
-                    logits = common.response_logits(model, ids[part], attention[part], R)
-                logp = token_logps(logits, ids[part][:, -R:], args.temperature)
+                    states = common.response_states(model, ids[part], attention[part], R)
+                logp = common.per_token(model, states, logps, y[part])
                 values = common.response_values(model, "critic", ids[part], attention[part], R)
                 l_pi = policy_loss(logp, old, batch["adv"][part], m, args.clip)
                 l_v = value_loss(values, batch["values"][part], ret, m, args.value_clip)

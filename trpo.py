@@ -37,6 +37,7 @@ region.
 """
 
 import time
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -191,14 +192,16 @@ def rollout(model, tokenizer, rows, reward, generator, args):
             model, prompts, stop, args.max_new_tokens, args.temperature, generator)
     R = mask.shape[1]
     y, found = ids[:, -R:], []
+    logps, entropies = (
+        partial(f, temperature=args.temperature) for f in (token_logps, token_entropy))
     for part in torch.arange(len(ids)).split(args.micro_batch_size):
         with lora.use_adapter(model, "policy"):
-            logits = common.response_logits(model, ids[part], attention[part], R)
-        logp = token_logps(logits, y[part], args.temperature)
-        entropy = token_entropy(logits, args.temperature)
+            states = common.response_states(model, ids[part], attention[part], R)
+        logp = common.per_token(model, states, logps, y[part])
+        entropy = common.per_token(model, states, entropies)
         with lora.use_adapter(model, "reference" if args.adapter else None):
-            logits = common.response_logits(model, ids[part], attention[part], R)
-        logp_ref = token_logps(logits, y[part], args.temperature)
+            states = common.response_states(model, ids[part], attention[part], R)
+        logp_ref = common.per_token(model, states, logps, y[part])
         values = common.response_values(model, "critic", ids[part], attention[part], R)
         found.append((logp, logp_ref, entropy, values * mask[part]))
     logp, logp_ref, entropy, values = (torch.cat(x) for x in zip(*found))
@@ -219,8 +222,8 @@ def policy_logits(model, name, batch, part, args):
     """Logits [rows, R, V] of adapter `name`, divided by the temperature."""
     R = batch["mask"].shape[1]
     with lora.use_adapter(model, name):
-        logits = common.response_logits(model, batch["ids"][part], batch["attention"][part], R)
-    return logits.float() / args.temperature
+        states = common.response_states(model, batch["ids"][part], batch["attention"][part], R)
+    return common.logits_of(model, states).float() / args.temperature
 
 
 def gain_of(model, batch, part, args):
@@ -287,7 +290,8 @@ def natural_step(model, parameters, old, batch, args):
         return sum(fisher_vector_product(kl, parameters, v, args.damping / len(graphs))
                    for kl in graphs)
 
-    s = conjugate_gradient(matvec, g, args.cg_iters)  # (TRPO.8)
+    with sdpa_kernel(SDPBackend.MATH):  # for --grad-checkpoint, which runs layers again
+        s = conjugate_gradient(matvec, g, args.cg_iters)  # (TRPO.8)
     sFs = s @ g - args.damping * s @ s  # conjugate gradient ends with s (F + damping) s = s g
     e = step_length(sFs.item(), args.max_kl / 4)
     move(parameters, old, e * s)

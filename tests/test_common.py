@@ -63,10 +63,10 @@ def padded(extra):
 
 @pytest.mark.parametrize("extra", [0, 3])
 @torch.no_grad()
-def test_response_logits_are_those_of_each_row_alone(model, extra):
+def test_logits_of_response_states_are_those_of_each_row_alone(model, extra):
     """Against the full logits of the bare unpadded row, sliced by hand: R = 3."""
     ids, attention = padded(extra)
-    got = common.response_logits(model, ids, attention, 3)
+    got = common.logits_of(model, common.response_states(model, ids, attention, 3))
     assert got.shape == (3, 3, 64)
     for i, row in enumerate(LEFT_ROWS):
         alone = model(torch.tensor([row])).logits[0]
@@ -76,11 +76,65 @@ def test_response_logits_are_those_of_each_row_alone(model, extra):
 
 
 @torch.no_grad()
-def test_response_logits_equal_the_slice_of_the_full_logits(model):
+def test_logits_of_response_states_equal_the_slice_of_the_full_logits(model):
     ids, attention = padded(0)
     full = model(**common.inputs(ids, attention)).logits
-    got = common.response_logits(model, ids, attention, 3)
+    got = common.logits_of(model, common.response_states(model, ids, attention, 3))
     assert torch.allclose(got, full[:, -4:-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_per_token_in_pieces_equals_the_whole_and_so_does_its_gradient(model, cap, monkeypatch):
+    """Two tokens at a time, in four of them an odd one left over; Gemma's capped logits too."""
+    model.config.final_logit_softcapping = cap
+    states = torch.randn(3, 3, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y = torch.tensor([[5, 9, 4], [8, 3, 44], [6, 50, 31]])
+    seen = []
+
+    def logps(logits, y):
+        seen.append(logits.shape)
+        return logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+    logits = model.get_output_embeddings()(states)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    expected = logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    weight = torch.arange(9.0).view(3, 3)
+    wanted, = torch.autograd.grad((expected * weight).sum(), states)
+    for limit, shapes in ((10**6, {(1, 9, 64)}), (130, {(1, 2, 64), (1, 1, 64)})):
+        seen.clear()
+        monkeypatch.setattr(common, "LOGITS", limit)
+        got = common.per_token(model, states, logps, y)
+        gradient, = torch.autograd.grad((got * weight).sum(), states)
+        assert set(map(tuple, seen)) == shapes
+        assert torch.allclose(got, expected, atol=1e-6)
+        assert torch.allclose(gradient, wanted, atol=1e-6) and wanted.norm() > 0.1
+
+
+def test_checkpointed_layers_find_their_adapter_again_in_the_backward_pass(model, targets):
+    """backward() after the block of the adapter, inside that of another: the same gradient; and
+    sampling, which needs its cache, is the same too."""
+    with_head(with_head(model, targets, "policy"), targets, "other")
+    ids, attention = common.pad(LEFT_ROWS, "left", "cpu")
+    parameters = lora.adapter_parameters(model, "policy")
+
+    def gradient():
+        with lora.use_adapter(model, "policy"):
+            loss = common.hidden_states(model, ids, attention).square().sum()
+        with lora.use_adapter(model, "other"):
+            return torch.autograd.grad(loss, parameters[:-1])
+
+    def sampled():
+        return common.sample(model, LEFT_ROWS, [2], 6, generator=torch.Generator().manual_seed(0))
+
+    before, tokens, layers, calls = gradient(), sampled(), lora.lora_layers(model).values(), []
+    common.checkpoint_layers(model)
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, _: calls.append(layer.active))
+    after = gradient()
+    assert calls == ["policy"] * 2 * len(layers)  # forward, and again for backward
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(before, after))
+    assert torch.cat([g.flatten() for g in before]).norm() > 1e-3
+    assert torch.equal(sampled()[0], tokens[0])
 
 
 @pytest.mark.parametrize("extra", [0, 3])

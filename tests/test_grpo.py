@@ -398,8 +398,9 @@ def test_micro_batches_give_the_gradient_of_the_whole(actor, loss, micro, miniba
     torch.manual_seed(0)
     for rows in [r for _ in range(2) for r in torch.randperm(len(ROWS)).chunk(minibatches)]:
         with lora.use_adapter(actor, "policy"):
-            logits = common.response_logits(actor, ids[rows], batch["attention"][rows], R)
-        logp = grpo.token_logps(logits, ids[rows][:, -R:], args.temperature)
+            states = common.response_states(actor, ids[rows], batch["attention"][rows], R)
+        logp = grpo.token_logps(
+            common.logits_of(actor, states), ids[rows][:, -R:], args.temperature)
         old, ref, adv = (batch[key][rows] for key in ("logp", "logp_ref", "adv"))
         value = grpo.grpo_loss(logp, old, ref, adv, mask[rows], 0.02, 0.06, 0.3, loss, 20, kl)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import TARGETS, toy
 
+import common
 import lora
 import reward_model
 
@@ -128,9 +129,9 @@ def scorer(kind):
 
 
 PAIRS = [
-    ({}, [1, 9, 8, 7, 2], [1, 9, 8, 6, 5, 4, 3, 2]),
-    ({}, [1, 30, 31, 32, 33, 34, 35, 36, 37, 2], [1, 30, 2]),
-    ({}, [1, 50, 0, 0], [1, 50, 51, 0]),
+    ({}, [1, 9, 8], [7, 2], [6, 5, 4, 3, 2]),
+    ({}, [1, 30], [31, 32, 33, 34, 35, 36, 37, 2], [2]),
+    ({}, [1, 50], [0, 0], [51, 0]),
 ]
 
 
@@ -144,9 +145,9 @@ def score_alone(model, ids):
 def test_scores_are_read_at_the_last_real_token_in_row_order(scorer):
     """Each equals head . hidden[-1] of its sequence alone, unpadded; the id 0 may end one."""
     chosen, rejected = reward_model.score_pairs(scorer, PAIRS)
-    expected = [score_alone(scorer, ids) for _, ids, _ in PAIRS]
+    expected = [score_alone(scorer, x + ids) for _, x, ids, _ in PAIRS]
     assert chosen.tolist() == pytest.approx(expected, abs=1e-5)
-    expected = [score_alone(scorer, ids) for _, _, ids in PAIRS]
+    expected = [score_alone(scorer, x + ids) for _, x, _, ids in PAIRS]
     assert rejected.tolist() == pytest.approx(expected, abs=1e-5)
     assert len({round(s, 3) for s in chosen.tolist() + rejected.tolist()}) == 6
 
@@ -154,7 +155,7 @@ def test_scores_are_read_at_the_last_real_token_in_row_order(scorer):
 @torch.no_grad()
 def test_batch_mates_and_their_padding_do_not_change_a_score(scorer):
     alone = torch.cat(reward_model.score_pairs(scorer, PAIRS[:1]))
-    long = ({}, list(range(1, 60)), [1, 5, 2])
+    long = ({}, [1], list(range(2, 60)), [5, 2])
     for mates in (PAIRS[1:], [long], [long, *PAIRS]):
         chosen, rejected = reward_model.score_pairs(scorer, [PAIRS[0], *mates])
         assert torch.allclose(torch.stack([chosen[0], rejected[0]]), alone, atol=1e-5)
@@ -163,7 +164,7 @@ def test_batch_mates_and_their_padding_do_not_change_a_score(scorer):
 @torch.no_grad()
 def test_exchanging_the_answers_exchanges_the_scores(scorer):
     chosen, rejected = reward_model.score_pairs(scorer, PAIRS)
-    swapped = reward_model.score_pairs(scorer, [(row, r, c) for row, c, r in PAIRS])
+    swapped = reward_model.score_pairs(scorer, [(row, x, r, c) for row, x, c, r in PAIRS])
     assert torch.allclose(torch.stack(swapped), torch.stack([rejected, chosen]), atol=1e-5)
 
 
@@ -178,8 +179,8 @@ def test_training_reaches_the_adapter_and_its_head_only(scorer):
 @pytest.mark.parametrize("micro", [1, 2, 3])
 def test_evaluate_averages_over_all_pairs_whatever_the_micro_batch(scorer, micro):
     stats, difference = reward_model.evaluate(scorer, PAIRS, Namespace(micro_batch_size=micro))
-    w = [score_alone(scorer, ids) for _, ids, _ in PAIRS]
-    l = [score_alone(scorer, ids) for _, _, ids in PAIRS]
+    w = [score_alone(scorer, x + ids) for _, x, ids, _ in PAIRS]
+    l = [score_alone(scorer, x + ids) for _, x, _, ids in PAIRS]
     gaps = [a - b for a, b in zip(w, l)]
     assert difference.tolist() == pytest.approx(gaps, abs=1e-5)
     mean = sum(w + l) / 6

@@ -8,7 +8,9 @@ import torch
 from conftest import TARGETS, toy
 from test_ppo import ROWS, Letters, logps_alone, noise, sequence, stub_reward, values_alone
 from torch.distributions import Categorical, kl_divergence
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import common
 import lora
 import ppo
 import trpo
@@ -377,6 +379,18 @@ def test_kl_graphs_are_0_without_slope_and_bend_as_the_fisher_matrix(policy, mic
     v = noise(4, len(slope)).double()
     Fv = sum(trpo.fisher_vector_product(kl, parameters, v, 0.0) for kl in graphs)
     assert close(Fv, fisher_alone(*policy, range(rows)) @ v, 1e-5)
+
+
+def test_fisher_vector_products_pass_through_checkpointed_layers(policy):
+    """Differentiated twice, what a checkpoint computes again is the same."""
+    model, parameters, _, batch = policy
+    v, products = noise(4, sum(p.numel() for p in parameters)).double(), []
+    for _ in range(2):
+        kl, = trpo.kl_graphs(model, batch, torch.arange(4), flags())
+        with sdpa_kernel(SDPBackend.MATH):
+            products.append(trpo.fisher_vector_product(kl, parameters, v, 0.0))
+        common.checkpoint_layers(model)
+    assert close(products[1], products[0], 1e-5)
 
 
 @pytest.mark.parametrize("micro, fisher_rows, damping, max_kl", [
