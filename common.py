@@ -188,12 +188,24 @@ def load_model(args):
     return model, tokenizer
 
 
+class SameAdapter:
+    """lora.use_adapter with what is active now, to be entered any number of times: TRPO goes back
+    through the same graph again and again."""
+
+    def __init__(self, model):
+        self.model, self.name = model, lora.active_adapter(model)
+
+    def __enter__(self):
+        self.block = lora.use_adapter(self.model, self.name)
+        self.block.__enter__()
+
+    def __exit__(self, *problem):
+        self.block.__exit__(*problem)
+
+
 def checkpoint_layers(model):
     """Gradient checkpointing: what happens inside a layer is not kept but computed again in the
     backward pass, with the adapter that was active the first time."""
-    def adapter():
-        return contextlib.nullcontext(), lora.use_adapter(model, lora.active_adapter(model))
-
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def switch(*_):  # transformers ties it to training mode, which here no part inside is in
@@ -202,7 +214,8 @@ def checkpoint_layers(model):
 
     enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.22 on
     enable = enable or model.gradient_checkpointing_enable
-    enable(dict(use_reentrant=False, context_fn=adapter))
+    enable(dict(
+        use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), SameAdapter(model))))
     model.base_model.register_forward_pre_hook(switch)
 
 
