@@ -158,7 +158,7 @@ def add_adapter(
 
 @contextlib.contextmanager
 def use_adapter(model, name):
-    """Inside the block `model` computes with the adapter `name`; with None, as the bare base.
+    """Inside the block (LORA.1) takes the A and B of `name`; with None, `model` is the bare base.
 
     The adapter that was active before is active again afterwards. Gradient checkpointing runs
     parts of the forward pass again during backward(): they must find the same adapter then.
@@ -198,7 +198,7 @@ def add_head(model, name):
 
 
 def adapter_parameters(model, name):
-    """The tensors of the adapter `name`: A and B of every layer, then its head if it has one."""
+    """What is trained of the adapter `name`: every layer's A and B (LORA.1), then its head."""
     layers = [layer for layer in lora_layers(model).values() if name in layer.lora_A]
     found = [p for layer in layers for p in (layer.lora_A[name], layer.lora_B[name])]
     heads = getattr(model, "heads", {})
@@ -226,7 +226,7 @@ def copy_adapter(model, source, name, trainable=False):
 
 
 def save_adapter(model, name, folder, base=None):
-    """Writes the adapter `name` to `folder` as peft would: adapter_config.json, and
+    """Writes A and B (LORA.1) of `name` to `folder` as peft would: adapter_config.json, and
     adapter_model.safetensors with `base_model.model.<path>.lora_A.weight` [r, in] and
     `...lora_B.weight` [out, r]; a head goes in as `base_model.model.score.weight` [1, d].
 

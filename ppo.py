@@ -41,7 +41,7 @@ import lora
 def token_logps(logits, ids, temperature=1.0):
     """log pi(y_t) of each sampled token under softmax(logits / temperature), in fp32.
 
-    logits [B, R, V] that predict ids [B, R]. Returns [B, R], nats."""
+    logits [B, R, V] that predict ids [B, R]. Returns [B, R], nats; enters (PPO.1) and (PPO.6)."""
     logits = logits.float() / temperature
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
