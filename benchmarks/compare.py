@@ -34,6 +34,7 @@ SCRIPTS = ("dpo", "ppo", "trpo", "grpo")
 BETAS = {"dpo": (0.03, 0.3), "ppo": (0.0, 0.2), "trpo": (0.0, 0.2), "grpo": (0.0, 0.16)}
 COLUMNS = ("score", "gold", "KL", "on topic", "stops", "tokens", "seconds", "memory, GB")
 BEST_OF = (1, 4, 16, 64)
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def plan(args):
@@ -57,44 +58,34 @@ def train(name, argv, folder, prompts):
     if record.is_file():
         return
     shutil.rmtree(out, ignore_errors=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(folder / f"{name}.log", "w") as log:
-        run = subprocess.Popen([sys.executable, *argv, "--out", str(out)], cwd=ROOT, env=env,
+        run = subprocess.Popen([sys.executable, *argv, "--out", str(out)], cwd=ROOT, env=ONE_THREAD,
                                stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(run.pid, 0)
     if status:
         raise SystemExit(f"error: {name} failed; see {folder / name}.log")
     seconds = sum(json.loads(line)["seconds"] for line in open(out / "metrics.jsonl"))
-    found = {}
-    for adapter in sorted(out.glob("step-*"), key=lambda p: int(p.name[5:])) or [out]:
-        found[adapter.name] = judged(adapter, env, prompts)
+    adapters = sorted(out.glob("step-*"), key=lambda p: int(p.name[5:])) or [out]
+    found = {Path(k).name: v for k, v in judged("--prompts", prompts, *adapters).items()}
     last = list(found.values())[-1]
     kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     last |= {"seconds": seconds, "memory, GB": kilobytes / 1e6}
     record.write_text(json.dumps({"argv": argv, **last, "steps": found}, indent=1))
 
 
-def judged(adapter, env, prompts):
-    """tiny/judge.py's numbers for one adapter, from a process of its own."""
-    code = ("import json, sys; sys.path.insert(0, '.'); from tiny import judge; "
-            f"args = judge.parse_args(['--prompts', '{prompts}']); "
-            "print(json.dumps(judge.judge(sys.argv[1], args)[0]))")
-    done = subprocess.run([sys.executable, "-c", code, str(adapter)], cwd=ROOT, env=env, check=True,
-                          capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def judged(*flags):
+    """{name: numbers} of tiny/judge.py, from a process of its own."""
+    done = subprocess.run([sys.executable, "tiny/judge.py", "--json", *map(str, flags)], cwd=ROOT,
+                          check=True, capture_output=True, text=True, env=ONE_THREAD)
+    return json.loads(done.stdout)
 
 
 def best_of(folder, prompts):
     """{n: judge's numbers} for the answer that the reward model likes best among n of the SFT's."""
     record = folder / "best-of.json"
     if not record.is_file():
-        code = ("import json, sys; sys.path.insert(0, '.'); from tiny import judge; "
-                f"args = judge.parse_args(['--prompts', '{prompts}']); "
-                f"print(json.dumps(judge.best_of(args, {BEST_OF})))")
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
-                              capture_output=True, text=True)
-        record.write_text(done.stdout.splitlines()[-1])
-    return {int(n): stats for n, stats in json.loads(record.read_text()).items()}
+        record.write_text(json.dumps(judged("--prompts", prompts, "--best-of", *BEST_OF)))
+    return {int(name.split()[-1]): stats for name, stats in json.loads(record.read_text()).items()}
 
 
 # ------------------------------------------------------------------------------ table, figures

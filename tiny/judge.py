@@ -1,7 +1,7 @@
 """Judges policies and reward models of the tiny world by the hidden preference, from outside.
 
     python tiny/judge.py runs/ppo runs/ppo-2       adapters beside the SFT model they started from
-    python tiny/judge.py --best-of 64              what picking the best of 64 SFT samples reaches
+    python tiny/judge.py --best-of 4 64            what picking among n samples of the SFT reaches
     python tiny/judge.py --probe                   does the reward model see each flaw?
 
 All on the held-out prompts, sampled at the temperature of ppo.py. Columns: gold (mean gold_score),
@@ -11,6 +11,7 @@ share that one answer has among the first 100), tokens.
 """
 
 import argparse
+import json
 import random
 import sys
 from collections import Counter
@@ -31,8 +32,7 @@ def held_out():
 
 
 def judge(adapter, args, each=1):
-    """(statistics, [(prompt, response)], scores) of one adapter; with each > 1 also the best of
-    each."""
+    """(statistics, [(prompt, response)], scores) of one adapter, `each` responses a prompt."""
     policy = ppo.parse_args(["--adapter", args.sft, "--reward", args.reward])
     common.seed_everything(args.seed)
     model, tokenizer = common.load_model(policy)
@@ -63,10 +63,6 @@ def judge(adapter, args, each=1):
         "KL": mean("kl"), "tokens": mean("length"),
         "top answer": Counter(first).most_common(1)[0][1] / len(first),
     }
-    if each > 1:
-        stats["best by gold"] = gold.view(-1, each).max(1).values.mean().item()
-        picked = score.view(-1, each).argmax(1, keepdim=True)
-        stats["best by score"] = gold.view(-1, each).gather(1, picked).mean().item()
     return stats, pairs, score
 
 
@@ -94,7 +90,8 @@ def probe(args):
 
 
 def best_of(args, sizes):
-    """{n: statistics} of the answer with the best score among the first n of max(sizes)."""
+    """{n: statistics} of the answer with the best score among the first n of max(sizes) answers
+    of the SFT model; "best gold" is what the best of them by gold would have reached."""
     each = max(sizes)
     stats, pairs, score = judge(args.sft, args, each)
     gold = torch.tensor([world.gold_score(*pair) for pair in pairs]).view(-1, each)
@@ -104,6 +101,7 @@ def best_of(args, sizes):
         best = score.view(-1, each)[:, :n].argmax(1, keepdim=True)
         picked = {"score": score.view(-1, each), "gold": gold, "on topic": topic}
         out[n] = stats | {k: x.gather(1, best).mean().item() for k, x in picked.items()}
+        out[n]["best gold"] = gold[:, :n].max(1).values.mean().item()
     return out
 
 
@@ -115,7 +113,8 @@ def parse_args(argv=None):
     p.add_argument("--sft", default=str(common.TINY / "sft"), help="their start (tiny/sft)")
     p.add_argument("--reward", default=str(common.TINY / "reward_model"), help="(tiny/...)")
     p.add_argument("--prompts", type=common.whole, default=384, help="held-out prompts (384, all)")
-    p.add_argument("--best-of", type=common.whole, default=1, help="SFT samples a prompt (1)")
+    p.add_argument("--best-of", type=common.whole, nargs="+", help="numbers of SFT samples a prompt")
+    p.add_argument("--json", action="store_true", help="print one object, without --sft's own row")
     p.add_argument("--samples", type=int, default=0, help="answers to print of each (0)")
     p.add_argument("--probe", action="store_true", help="only the reward model's table of flaws")
     p.add_argument("--seed", type=int, default=0)
@@ -129,10 +128,18 @@ def main():
         for name, share in probe(args).items():
             print(f"{name:16} {share:6.1%}")
         return
-    for adapter in [args.sft, *args.adapters]:
-        stats, pairs, _ = judge(adapter, args, args.best_of if adapter == args.sft else 1)
-        print(f"{adapter}\n   " + "  ".join(f"{key} {value:.3f}" for key, value in stats.items()))
-        for prompt, response in pairs[: args.samples]:
+    results, texts = {}, {}
+    if args.best_of:
+        results = {f"best of {n}": stats for n, stats in best_of(args, args.best_of).items()}
+    else:
+        for adapter in [*([] if args.json else [args.sft]), *args.adapters]:
+            results[adapter], texts[adapter], _ = judge(adapter, args)
+    if args.json:
+        print(json.dumps(results))
+        return
+    for name, stats in results.items():
+        print(f"{name}\n   " + "  ".join(f"{key} {value:.3f}" for key, value in stats.items()))
+        for prompt, response in texts.get(name, [])[: args.samples]:
             print(f"   > {prompt}\n     {response}")
 
 
