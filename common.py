@@ -90,6 +90,7 @@ def flags(doc, steps, batch_size, lr):
     add("--eval-size", type=whole, default=128, help="held-out rows to measure on (128)")
     add("--save-every", type=whole, help="steps between saved adapters (only at the end)")
     add("--grad-checkpoint", action="store_true", help="less memory, a third more time")
+    add("--plot", action="store_true", help="draw curves.png from metrics.jsonl (matplotlib)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     return p
 
@@ -106,6 +107,8 @@ def sampling_flags(p):
 def defaults(args, adapter, data):
     """Fills in --adapter, --data and --reward: with --model tiny the shipped ones, else none."""
     tiny = args.model == "tiny"
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        fail("--plot needs matplotlib: pip install matplotlib")
     if args.adapter is None and tiny and adapter:
         args.adapter = str(TINY / adapter)
     if args.adapter == "none":
@@ -299,8 +302,7 @@ def encode_pair(tokenizer, prompt, response, max_length):
 
 def encode_preferences(tokenizer, rows, max_length, which="training"):
     """[(row, prompt ids, chosen ids, rejected ids)] of the pairs that can teach something; what is
-    dropped is counted and printed: answers that do not fit, and pairs that are identical, whose
-    gradient is zero."""
+    dropped is counted and printed: answers that do not fit, and pairs of identical answers."""
     kept, long, same = [], 0, 0
     for row in rows:
         c, r = (encode_pair(tokenizer, row["prompt"], row[side], max_length)
@@ -722,6 +724,31 @@ def print_ceiling(rows, accuracy):
         ceiling = sum(max(p, 1 - p) for p in sure) / len(sure)
         reached = f"reached: {accuracy / ceiling:.1%}"
         print(f"{'the labeller agrees':28} {'':10} {ceiling:10.3f}   {reached}")
+
+
+def plot_curves(out):
+    """Draws every number of metrics.jsonl against the steps: curves.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    keys = [key for key in rows[len(rows) // 2] if key not in ("step", "seconds")]
+    figure, panels = plt.subplots(-(-len(keys) // 3), 3, figsize=(12, 2 * -(-len(keys) // 3)))
+    for panel in panels.flat[len(keys):]:
+        panel.axis("off")
+    for key, panel in zip(keys, panels.flat):
+        panel.plot([row["step"] for row in rows], [row[key] for row in rows], lw=1)
+        panel.set_title(key, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=100)
+
+
+def finish(out, args):
+    """The last lines of a run."""
+    if args.plot:
+        plot_curves(out)
+    print(f"\nsaved {out}")
 
 
 def print_samples(rows, before, after, n=4):

@@ -217,7 +217,7 @@ def main(argv=None):
     common.print_samples(test, texts_before, texts_after)
     common.print_table(f"{len(test)} held-out pairs", before, after)
     common.print_ceiling(test, after["accuracy"])
-    print(f"\nsaved {out}")
+    common.finish(out, args)
 
 
 if __name__ == "__main__":

@@ -305,7 +305,7 @@ def main(argv=None):
     common.save_samples(out, args.steps, test, after["responses"], after["score"].tolist())
     common.print_samples(test, before["responses"], after["responses"])
     common.print_table(f"{len(test)} held-out prompts", before["stats"], after["stats"])
-    print(f"\nsaved {out}")
+    common.finish(out, args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ The summed (log pi - log pi_ref) estimates KL(pi || pi_ref) of the answer withou
 in the reward, detached: there its gradient is right, as a loss its gradient would be zero.
 
 The four models are one frozen base with adapters: "policy", "reference", "critic", "reward". The
-critic has an adapter of its own and starts as the reward model: it cannot disturb the policy.
+critic has an adapter of its own and starts as the reward model: policy and critic share no weight.
 
 Left out on purpose: an entropy bonus, whitening of rewards, and early stopping on KL.
 
@@ -301,7 +301,7 @@ def main(argv=None):
     common.save_samples(out, args.steps, test, after["responses"], after["score"].tolist())
     common.print_samples(test, before["responses"], after["responses"])
     common.print_table(f"{len(test)} held-out prompts", before["stats"], after["stats"])
-    print(f"\nsaved {out}")
+    common.finish(out, args)
 
 
 if __name__ == "__main__":

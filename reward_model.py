@@ -169,7 +169,7 @@ def main(argv=None):
         sample = {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
         common.append(out / "samples.jsonl", sample | {"score": d})
     report(rows, before, after, difference)
-    print(f"\nsaved {out}")
+    common.finish(out, args)
 
 
 if __name__ == "__main__":

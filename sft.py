@@ -169,7 +169,7 @@ def main(argv=None):
             common.append(out / "samples.jsonl", sample | {"score": rouge_l(text, r["response"])})
     common.print_samples(test, texts_before, texts_after)
     common.print_table(f"{len(test)} held-out prompts", before, after)
-    print(f"\nsaved {out}")
+    common.finish(out, args)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ with the Fisher matrix F as its Hessian, so that the best step has the direction
                                                          risen and D <= 1.5 delta, else none
     (TRPO.11)  L_V = mean 1/2 (V - G)^2                  the critic, by gradient descent
 
-F has as many rows as LoRA has parameters and a rank of at most the tokens looked at times the
-vocabulary; with B = 0 all its rows for A are zero. Without damping (TRPO.8) has no solution. The
-direction may come from a part of the batch (--fisher-rows); its length, in which damping has no
-part, is measured on the whole batch.
+F has as many rows as LoRA has parameters, of which at most tokens times (vocabulary - 1) are
+independent; with B = 0 all its rows for A are zero. So F is singular, and where it is taken on a
+part of the batch (--fisher-rows), F s = g has no solution: hence the damping. The length of the
+step, in which damping has no part, is measured on the whole batch.
 
 delta is per token. An answer of T tokens may move by about T delta in a step; both are printed. The
 paper's bound on how far L may be from the truth has the factor gamma / (1 - gamma)^2: at gamma = 1
@@ -432,7 +432,7 @@ def main(argv=None):
     common.save_samples(out, args.steps, test, after["responses"], after["score"].tolist())
     common.print_samples(test, before["responses"], after["responses"])
     common.print_table(f"{len(test)} held-out prompts", before["stats"], after["stats"])
-    print(f"\nsaved {out}")
+    common.finish(out, args)
 
 
 if __name__ == "__main__":
