@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from jinja2 import TemplateError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache,
@@ -278,13 +279,30 @@ def end_of_turn(tokenizer):
 # ------------------------------------------------------------------------------ text to tokens
 
 
+def chat_text(tokenizer, turns):
+    """What the chat template makes of the turns, up to where the answer begins. Some templates
+    refuse a system turn and some leave it out: it then opens the user's turn."""
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        problem = None
+    except TemplateError as refusal:
+        text, problem = "", refusal
+    roles = [turn["role"] for turn in turns]
+    if roles[:2] == ["system", "user"] and turns[0]["content"].strip() not in text:
+        content = f"{turns[0]['content']}\n\n{turns[1]['content']}"
+        return chat_text(tokenizer, [{"role": "user", "content": content}, *turns[2:]])
+    if problem:
+        fail(f"the model's chat template refuses a prompt with the turns {', '.join(roles)} "
+             f"({problem}); take such rows out of --data")
+    return text
+
+
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt (a string, or a list of messages), ready for the answer: by the
     model's chat template, or as `User: ...` and `Assistant: `."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False).input_ids
+        return tokenizer(chat_text(tokenizer, turns), add_special_tokens=False).input_ids
     text = "".join(f"{t['role'].capitalize()}: {t['content']}\n\n" for t in turns) + "Assistant: "
     ids = tokenizer(text).input_ids
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
