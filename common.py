@@ -165,12 +165,21 @@ def load_pretrained(auto, name, args, dtype, **extra):
             fail(f"--model {name}: no such file")
         name, extra["gguf_file"] = Path(name).parent, Path(name).name
     if auto is not AutoTokenizer:
-        extra |= dict(dtype=dtype, use_safetensors=True)
+        extra |= dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
+        if "gguf_file" in extra:  # plain weights, which an adapter can be put beside and merged into
+            extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        return auto.from_pretrained(name, **extra)
-    except (OSError, ValueError, ImportError, KeyError) as problem:
+        loaded = auto.from_pretrained(name, **extra)
+    except Exception as problem:  # transformers, safetensors and the hub each raise their own kinds
         reason = str(problem).strip().split("\n")[0]
-        fail(f"cannot load the model {given} ({reason}); give tiny, a folder, a .gguf or a hub id")
+        fail(f"cannot load the model {given} ({reason}); give tiny, a folder or hub id with "
+             "safetensors, or a .gguf; --trust-remote-code runs what code comes with a model")
+    if auto is AutoTokenizer:
+        return loaded
+    model, info = loaded
+    if info["missing_keys"]:  # transformers would go on with random ones
+        fail(f"{given} lacks the weight {min(info['missing_keys'])}: it is another kind of model")
+    return model
 
 
 def load_model(args):
@@ -631,10 +640,10 @@ def load_reward(spec, model, tokenizer, args):
     if Path(spec).exists() and not (Path(spec) / "config.json").is_file():
         fail(f"--reward {spec} holds neither an adapter nor a model")
     reader = load_pretrained(AutoTokenizer, spec, args, None)
-    other, info = load_pretrained(AutoModelForSequenceClassification, spec, args, model.dtype,
-                                  num_labels=1, output_loading_info=True)
-    if not hasattr(other, "score") or info["missing_keys"]:
-        fail(f"--reward {spec} is no decoder with a trained scalar head named score")
+    kind = AutoModelForSequenceClassification
+    other = load_pretrained(kind, spec, args, model.dtype, num_labels=1)
+    if not hasattr(other, "score"):
+        fail(f"--reward {spec} is no decoder with a scalar head named score")
     other.to(model.device).eval()
 
     def reward(ids, attention, prompts, responses, rows):

@@ -380,7 +380,8 @@ def merge(model, tokenizer, ends, out):
     ends: the tokens that end an answer. Raises ValueError for what cannot be merged."""
     if "adapter" in getattr(model, "heads", {}):
         own = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
-        pad = next(i for i in [*own, *range(len(ends) + 1)] if i not in (None, *ends))
+        fit = set(range(model.get_input_embeddings().num_embeddings)) - set(ends)
+        pad = next(i for i in [*own, *sorted(fit)] if i in fit)
         tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(pad), "right"
         model = merge_scorer(model, "adapter", pad)
     else:
