@@ -542,7 +542,15 @@ def parse_row(row):
             if key in row:
                 text = row[key]
                 out["response"] = text[-1]["content"] if isinstance(text, list) and text else text
+    if isinstance(out.get("prompt"), list):  # without tool calls and the like, even empty ones
+        out["prompt"] = [{"role": t["role"], "content": t["content"]} for t in out["prompt"]]
     return {key: value for key, value in out.items() if value is not None}
+
+
+def is_text(value):
+    """Whether a parsed value is a text, or a list of messages, and not empty."""
+    texts = [turn["content"] for turn in value] if isinstance(value, list) else [value]
+    return bool(value) and all(isinstance(text, str) for text in texts)
 
 
 def read_data(spec):
@@ -572,20 +580,23 @@ def load_data(spec, need):
 
     Held out is what its split, or its column `split`, calls test, validation or eval (or begins
     so); where nothing is, one row in twenty by the hash of its prompt, which never moves."""
-    found, empty = [], 0
+    found, dropped, wanted = [], 0, ", ".join(need)
     for split, rows in read_data(spec).items():
         for row in rows:
-            parsed = parse_row(row)
-            if not set(need) <= parsed.keys():
-                columns = ", ".join(rows.column_names)
-                fail(f"--data {spec}: {', '.join(need)} cannot be read from a row with the columns "
-                     f"{columns}; accepted: {ACCEPTED}")
-            if all(parsed[key] for key in need):
+            try:
+                parsed = parse_row(row)
+            except (KeyError, TypeError):  # messages that are none
+                parsed = {}
+            if all(is_text(parsed.get(key)) for key in need):
                 found.append({**row, **parsed, "split": str(row.get("split") or split)})
             else:
-                empty += 1
-    if empty:
-        print(f"--data {spec}: {empty} rows dropped, their {' or '.join(need)} is empty")
+                dropped += 1
+    if dropped and not found:
+        columns = ", ".join(rows.column_names)
+        fail(f"--data {spec}: {wanted} cannot be read as text from rows with the columns "
+             f"{columns}; accepted: {ACCEPTED}")
+    if dropped:
+        print(f"--data {spec}: {dropped} rows dropped, {wanted} missing, empty or no text")
     held_out = ("test", "validation", "eval")
     if not any(row["split"].startswith(held_out) for row in found):
         for row in found:

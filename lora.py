@@ -61,6 +61,11 @@ class LoRALinear(nn.Module):
         z = F.linear(F.linear(z, self.lora_A[name]), self.lora_B[name])
         return h + (self.scale[name] * z).to(h.dtype)  # (LORA.1)
 
+    @property
+    def weight(self):
+        """The base weight: what other code sees where an output head is wrapped."""
+        return self.base.weight
+
     def sizes(self):
         """(inputs, outputs); Conv1D keeps its weight as (in, out), nn.Linear as (out, in)."""
         shape = self.base.weight.shape
@@ -142,10 +147,10 @@ def add_adapter(
     linear = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        if isinstance(module, (nn.Linear, Conv1D, LoRALinear))
         and module is not model.get_output_embeddings()
         and not inner.search(path)
-    ] + list(lora_layers(model))
+    ]
     if targets == "all-linear":
         wanted = linear
     else:
@@ -326,9 +331,8 @@ def merge_adapter(model, name):
     for a name that no layer has, and for an adapted output head that is also the embedding."""
     require(model, name)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, LoRALinear) and name in head.lora_A:
-        if head.base.weight is embedding.weight:
-            raise ValueError("the adapted output head shares its weight with the embedding")
+    if name in getattr(head, "lora_A", {}) and head.weight is embedding.weight:
+        raise ValueError("the adapted output head shares its weight with the embedding")
     for path, layer in lora_layers(model).items():
         if name in layer.lora_A:
             weight = layer.base.weight

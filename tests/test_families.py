@@ -294,3 +294,39 @@ def test_a_merged_reward_model_scores_the_same_in_hugging_face_and_as_a_reward(f
     args = reward_model.parse_args([*RUN, "--model", "unused", "--data", "unused"])
     reward = common.load_reward("scorer", model, tokenizer, args)
     assert torch.allclose(reward(None, None, prompts, answers, None), ours, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------ peft
+
+
+@EVERY
+@torch.no_grad()
+def test_a_policy_saved_here_computes_the_same_in_peft(family, house):
+    peft = pytest.importorskip("peft")
+    model = hf.AutoModelForCausalLM.from_pretrained(house / "model")
+    lora.load_adapter(model, "policy", house / "policy")
+    with lora.use_adapter(model, "policy"):
+        ours = logits(model)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(house / "model")
+    theirs = peft.PeftModel.from_pretrained(theirs, house / "policy").eval()
+    assert max((a - b).abs().max() for a, b in zip(logits(theirs), ours)) < 1e-4
+
+
+@EVERY
+@torch.no_grad()
+def test_a_reward_model_trained_with_peft_scores_the_same_here(family, house):
+    """As TRL makes them: all linear layers, rank-stabilised, the head as a module to save."""
+    peft = pytest.importorskip("peft")
+    theirs = hf.AutoModelForSequenceClassification.from_pretrained(house / "model", num_labels=1)
+    theirs.config.get_text_config().pad_token_id = 0
+    config = peft.LoraConfig(r=4, lora_alpha=8, use_rslora=True, init_lora_weights=False,
+                             target_modules="all-linear", task_type="SEQ_CLS")
+    torch.manual_seed(2)
+    theirs = peft.get_peft_model(theirs, config).eval()
+    theirs.save_pretrained("theirs")
+    ids, attention = common.pad(ROWS, "right", "cpu")
+    model = hf.AutoModelForCausalLM.from_pretrained(house / "model")
+    lora.load_adapter(model, "reward", "theirs")
+    ours = common.sequence_scores(model, "reward", ids, attention)
+    expected = theirs(input_ids=ids, attention_mask=attention).logits[:, 0]
+    assert torch.allclose(ours, expected, atol=1e-4) and ours.std() > 1e-2
