@@ -196,8 +196,14 @@ def load_model(args):
         positions = getattr(model.config, "max_position_embeddings", None) or args.max_length
         args.max_length = min(args.max_length, positions)
         check_room(args)
-    if end_of_turn(tokenizer) is None:
+    end = end_of_turn(tokenizer)
+    if end is None:
         fail(f"the tokenizer of {args.model} has no EOS token: an answer could not end")
+    ids, real = torch.tensor([[end]], device=device), torch.tensor([[1]], device=device)
+    with torch.no_grad():
+        ours, logits = logits_of(model, hidden_states(model, ids, real)), model(ids).logits
+    if (ours - logits).abs().max() > 0.01 * logits.abs().max():  # Cohere and Granite scale them
+        fail(f"{args.model} makes logits in a way that logits_of in common.py does not know")
     return model, tokenizer
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -216,7 +217,8 @@ def test_a_run(family, script, house, capsys, monkeypatch):
 def test_log_probabilities_of_padded_rows_are_those_of_each_row_alone(family):
     model = fresh(family)
     ids, attention = common.pad(ROWS, "left", "cpu")
-    got = ppo.token_logps(common.response_logits(model, ids, attention, 3), ids[:, -3:], 0.7)
+    states = common.response_states(model, ids, attention, 3)
+    got = common.per_token(model, states, partial(ppo.token_logps, temperature=0.7), ids[:, -3:])
     for i, (row, alone) in enumerate(zip(ROWS, logits(model))):
         for t in (-3, -2, -1):
             expected = (alone[t - 1].double() / 0.7).log_softmax(-1)[row[t]]

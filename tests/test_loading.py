@@ -100,6 +100,19 @@ def test_a_weight_that_is_missing_is_not_made_up(folder, capsys):
     assert "lm_head.weight" in refusal(capsys, folder)
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_logits_that_are_more_than_the_output_head_are_noticed(scale, folder, capsys):
+    """Granite divides them: its log-probabilities would be those of another temperature."""
+    config = hf.GraniteConfig(vocab_size=SIZE, hidden_size=32, intermediate_size=48,
+                              num_hidden_layers=1, num_attention_heads=4, logits_scaling=scale)
+    torch.manual_seed(0)
+    hf.GraniteForCausalLM(config).save_pretrained(folder)
+    if scale == 1:
+        load(folder)
+    else:
+        assert "logits" in refusal(capsys, folder)
+
+
 def test_a_model_without_a_head_of_its_own_is_no_reward(folder, capsys):
     args = argparse.Namespace(trust_remote_code=False, max_length=64)
     with pytest.raises(SystemExit):
