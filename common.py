@@ -166,7 +166,7 @@ def load_pretrained(auto, name, args, dtype, **extra):
         name, extra["gguf_file"] = Path(name).parent, Path(name).name
     if auto is not AutoTokenizer:
         extra |= dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
-        if "gguf_file" in extra:  # plain weights, which an adapter can be put beside and merged into
+        if "gguf_file" in extra:  # unpacked: plain layers, which take an adapter and are merged
             extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         loaded = auto.from_pretrained(name, **extra)

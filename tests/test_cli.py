@@ -379,12 +379,13 @@ def test_a_run_with_the_relatives(script, argv, house):
 @pytest.mark.parametrize("script", ["sft", "reward_model", "dpo"])
 def test_a_long_prompt_is_cut_and_a_long_answer_dropped_and_counted(script, capsys, house):
     long = [{}, {"prompt": "q" * 500}, {"response": "a" * 500, "rejected": "a" * 500}] * 3
-    rows = [{"prompt": f"q{i}", "response": f"yes {i}", "chosen": f"good {i}", "rejected": f"no {i}",
-             "split": "test" if i > 8 else "train", **odd} for i, odd in enumerate(long + [{}] * 2)]
+    rows = [{"prompt": f"q{i}", "response": f"yes {i}", "chosen": f"good {i}",
+             "rejected": f"no {i}", "split": "test" if i > 8 else "train", **odd}
+            for i, odd in enumerate(long + [{}] * 2)]
     data = write(Path("d.jsonl"), rows)
     SCRIPTS[script].main(arguments(script, *RUN, "--data", data))
     said = capsys.readouterr().out
-    kept = "6 demonstrations (3 dropped: longer" if script == "sft" else "6 pairs (dropped: 3 longer"
+    kept = "6 demonstrations (3 dropped" if script == "sft" else "6 training pairs (dropped: 3 long"
     assert kept in said
     check_run(script, Path("out"), "tiny/model")
 

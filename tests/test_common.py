@@ -318,7 +318,7 @@ def test_end_of_turn_is_eos_where_the_template_closes_with_none():
 
 SYSTEM = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": "Hi?"}]
 CLOSED = [TURN] + spell("\n") + [START] + spell("assistant\n")
-REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
 LEAVES_OUT = CHAT.replace("messages %}", "messages if m['role'] != 'system' %}")
 STRIPS = CHAT.replace("m['content']", "m['content'] | trim")
 ALTERNATES = (
