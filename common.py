@@ -235,7 +235,8 @@ def checkpoint_layers(model):
     enable = enable or model.gradient_checkpointing_enable
     enable(dict(
         use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), SameAdapter(model))))
-    model.base_model.register_forward_pre_hook(switch)
+    for part in (model, model.base_model):  # hidden_states calls the second; OPT's own head does not
+        part.register_forward_pre_hook(switch)
 
 
 def load_adapter(model, name, folder, trainable=False):

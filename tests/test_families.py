@@ -164,17 +164,24 @@ def preference_loss(house, adapter, tokenizer, rows):
     return loss
 
 
+def run(script, house, *argv):
+    """A run of two steps; returns metrics.jsonl."""
+    reward = {"ppo": "reward", "trpo": "reward.py:f", "grpo": "reward.py:f"}.get(script)
+    argv = ["--model", str(house / "model"), "--data", str(house / "data.jsonl"), *argv]
+    argv += ["--max-new-tokens", "4"] if script != "reward_model" else []
+    argv += ["--group-size", "2"] if script == "grpo" else []
+    argv += ["--reward", str(house / reward)] if reward else []
+    SCRIPTS[script].main([*RUN, *argv])
+    out = argv[argv.index("--out") + 1] if "--out" in argv else "out"
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
 @EVERY
 @pytest.mark.parametrize("script", list(SCRIPTS))
 def test_a_run(family, script, house, capsys, monkeypatch):
     monkeypatch.setattr(trpo, "natural_step", ratio_of_trpo)
-    reward = {"ppo": "reward", "trpo": "reward.py:f", "grpo": "reward.py:f"}.get(script)
-    argv = [*RUN, "--model", str(house / "model"), "--data", str(house / "data.jsonl")]
-    argv += ["--max-new-tokens", "4"] if script != "reward_model" else []
-    argv += ["--group-size", "2"] if script == "grpo" else []
-    SCRIPTS[script].main([*argv, *(["--reward", str(house / reward)] if reward else [])])
+    rows = run(script, house)
     said = capsys.readouterr().out
-    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(math.isfinite(x) for row in rows for x in row.values())
     assert rows[0]["grad_norm"] > 0
 
@@ -186,7 +193,7 @@ def test_a_run(family, script, house, capsys, monkeypatch):
         assert rows[0]["perplexity"] == pytest.approx(perplexity(model, tokenizer, test), rel=1e-4)
         assert rows[1]["perplexity"] < rows[0]["perplexity"]
     elif script == "reward_model":
-        SCRIPTS[script].main([*argv, "--steps", "1", "--lr", "0", "--out", "start"])
+        run(script, house, "--steps", "1", "--lr", "0", "--out", "start")
         said = float(re.search(r"loss before training (\S+)", said)[1])
         assert said == pytest.approx(preference_loss(house, "start", tokenizer, test), abs=1e-3)
     elif script == "dpo":
@@ -207,6 +214,14 @@ def test_a_run(family, script, house, capsys, monkeypatch):
     assert max((a - b).abs().max() for a, b in zip(after, before)) > 1e-3
     assert all(torch.equal(a, b) for a, b in zip(logits(model), before))
     assert ("policy" in getattr(model, "heads", {})) == (script == "reward_model")
+
+
+@EVERY
+@pytest.mark.parametrize("script", ["ppo", "dpo"])
+def test_gradient_checkpointing_changes_no_number(family, script, house):
+    one, two = run(script, house), run(script, house, "--out", "again", "--grad-checkpoint")
+    for a, b in zip(one, two):
+        assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, rel=1e-3, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------ functions
