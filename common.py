@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from jinja2 import TemplateError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache,
@@ -164,12 +165,21 @@ def load_pretrained(auto, name, args, dtype, **extra):
             fail(f"--model {name}: no such file")
         name, extra["gguf_file"] = Path(name).parent, Path(name).name
     if auto is not AutoTokenizer:
-        extra |= dict(dtype=dtype, use_safetensors=True)
+        extra |= dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
+        if "gguf_file" in extra:  # unpacked: plain layers, which take an adapter and are merged
+            extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        return auto.from_pretrained(name, **extra)
-    except (OSError, ValueError, ImportError, KeyError) as problem:
+        loaded = auto.from_pretrained(name, **extra)
+    except Exception as problem:  # transformers, safetensors and the hub each raise their own kinds
         reason = str(problem).strip().split("\n")[0]
-        fail(f"cannot load the model {given} ({reason}); give tiny, a folder, a .gguf or a hub id")
+        fail(f"cannot load the model {given} ({reason}); give tiny, a folder or hub id with "
+             "safetensors, or a .gguf; --trust-remote-code runs what code comes with a model")
+    if auto is AutoTokenizer:
+        return loaded
+    model, info = loaded
+    if info["missing_keys"]:  # transformers would go on with random ones
+        fail(f"{given} lacks the weight {min(info['missing_keys'])}: it is another kind of model")
+    return model
 
 
 def load_model(args):
@@ -186,8 +196,14 @@ def load_model(args):
         positions = getattr(model.config, "max_position_embeddings", None) or args.max_length
         args.max_length = min(args.max_length, positions)
         check_room(args)
-    if end_of_turn(tokenizer) is None:
+    end = end_of_turn(tokenizer)
+    if end is None:
         fail(f"the tokenizer of {args.model} has no EOS token: an answer could not end")
+    ids, real = torch.tensor([[end]], device=device), torch.tensor([[1]], device=device)
+    with torch.no_grad():
+        ours, logits = logits_of(model, hidden_states(model, ids, real)), model(ids).logits
+    if (ours - logits).abs().max() > 0.01 * logits.abs().max():  # Cohere and Granite scale them
+        fail(f"{args.model} makes logits in a way that logits_of in common.py does not know")
     return model, tokenizer
 
 
@@ -278,13 +294,30 @@ def end_of_turn(tokenizer):
 # ------------------------------------------------------------------------------ text to tokens
 
 
+def chat_text(tokenizer, turns):
+    """What the chat template makes of the turns, up to where the answer begins. Some templates
+    refuse a system turn and some leave it out: it then opens the user's turn."""
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        problem = None
+    except TemplateError as refusal:
+        text, problem = "", refusal
+    roles = [turn["role"] for turn in turns]
+    if roles[:2] == ["system", "user"] and turns[0]["content"].strip() not in text:
+        content = f"{turns[0]['content']}\n\n{turns[1]['content']}"
+        return chat_text(tokenizer, [{"role": "user", "content": content}, *turns[2:]])
+    if problem:
+        fail(f"the model's chat template refuses a prompt with the turns {', '.join(roles)} "
+             f"({problem}); take such rows out of --data")
+    return text
+
+
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt (a string, or a list of messages), ready for the answer: by the
     model's chat template, or as `User: ...` and `Assistant: `."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False).input_ids
+        return tokenizer(chat_text(tokenizer, turns), add_special_tokens=False).input_ids
     text = "".join(f"{t['role'].capitalize()}: {t['content']}\n\n" for t in turns) + "Assistant: "
     ids = tokenizer(text).input_ids
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
@@ -515,7 +548,15 @@ def parse_row(row):
             if key in row:
                 text = row[key]
                 out["response"] = text[-1]["content"] if isinstance(text, list) and text else text
+    if isinstance(out.get("prompt"), list):  # without tool calls and the like, even empty ones
+        out["prompt"] = [{"role": t["role"], "content": t["content"]} for t in out["prompt"]]
     return {key: value for key, value in out.items() if value is not None}
+
+
+def is_text(value):
+    """Whether a parsed value is a text, or a list of messages, and not empty."""
+    texts = [turn["content"] for turn in value] if isinstance(value, list) else [value]
+    return bool(value) and all(isinstance(text, str) for text in texts)
 
 
 def read_data(spec):
@@ -545,20 +586,23 @@ def load_data(spec, need):
 
     Held out is what its split, or its column `split`, calls test, validation or eval (or begins
     so); where nothing is, one row in twenty by the hash of its prompt, which never moves."""
-    found, empty = [], 0
+    found, dropped, wanted = [], 0, ", ".join(need)
     for split, rows in read_data(spec).items():
         for row in rows:
-            parsed = parse_row(row)
-            if not set(need) <= parsed.keys():
-                columns = ", ".join(rows.column_names)
-                fail(f"--data {spec}: {', '.join(need)} cannot be read from a row with the columns "
-                     f"{columns}; accepted: {ACCEPTED}")
-            if all(parsed[key] for key in need):
+            try:
+                parsed = parse_row(row)
+            except (KeyError, TypeError):  # messages that are none
+                parsed = {}
+            if all(is_text(parsed.get(key)) for key in need):
                 found.append({**row, **parsed, "split": str(row.get("split") or split)})
             else:
-                empty += 1
-    if empty:
-        print(f"--data {spec}: {empty} rows dropped, their {' or '.join(need)} is empty")
+                dropped += 1
+    if dropped and not found:
+        columns = ", ".join(rows.column_names)
+        fail(f"--data {spec}: {wanted} cannot be read as text from rows with the columns "
+             f"{columns}; accepted: {ACCEPTED}")
+    if dropped:
+        print(f"--data {spec}: {dropped} rows dropped, {wanted} missing, empty or no text")
     held_out = ("test", "validation", "eval")
     if not any(row["split"].startswith(held_out) for row in found):
         for row in found:
@@ -613,10 +657,10 @@ def load_reward(spec, model, tokenizer, args):
     if Path(spec).exists() and not (Path(spec) / "config.json").is_file():
         fail(f"--reward {spec} holds neither an adapter nor a model")
     reader = load_pretrained(AutoTokenizer, spec, args, None)
-    other, info = load_pretrained(AutoModelForSequenceClassification, spec, args, model.dtype,
-                                  num_labels=1, output_loading_info=True)
-    if not hasattr(other, "score") or info["missing_keys"]:
-        fail(f"--reward {spec} is no decoder with a trained scalar head named score")
+    kind = AutoModelForSequenceClassification
+    other = load_pretrained(kind, spec, args, model.dtype, num_labels=1)
+    if not hasattr(other, "score"):
+        fail(f"--reward {spec} is no decoder with a scalar head named score")
     other.to(model.device).eval()
 
     def reward(ids, attention, prompts, responses, rows):

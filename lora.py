@@ -16,6 +16,11 @@ Left out on purpose: DoRA, per-layer ranks, embeddings, quantised bases.
 
     python lora.py inspect --adapter tiny/sft                    which layers moved, and how far
     python lora.py merge --adapter tiny/sft --out runs/merged    a plain Hugging Face folder
+    python lora.py merge --adapter tiny/reward_model --out runs/scorer    the same of a reward model
+
+A merged reward model is an AutoModelForSequenceClassification(num_labels=1), and --reward takes it.
+Its scores are those here if a text ends in its end of turn and is padded on the right: Hugging Face
+reads the last token that is not the padding token, and counts positions from the first column.
 """
 
 import argparse
@@ -31,6 +36,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 # ------------------------------------------------------------------------------ the layer
@@ -54,6 +60,11 @@ class LoRALinear(nn.Module):
         z = F.dropout(x.float(), self.dropout[name], self.training)
         z = F.linear(F.linear(z, self.lora_A[name]), self.lora_B[name])
         return h + (self.scale[name] * z).to(h.dtype)  # (LORA.1)
+
+    @property
+    def weight(self):
+        """The base weight: what other code sees where an output head is wrapped."""
+        return self.base.weight
 
     def sizes(self):
         """(inputs, outputs); Conv1D keeps its weight as (in, out), nn.Linear as (out, in)."""
@@ -136,10 +147,10 @@ def add_adapter(
     linear = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        if isinstance(module, (nn.Linear, Conv1D, LoRALinear))
         and module is not model.get_output_embeddings()
         and not inner.search(path)
-    ] + list(lora_layers(model))
+    ]
     if targets == "all-linear":
         wanted = linear
     else:
@@ -317,8 +328,11 @@ def merge_adapter(model, name):
     """Folds the adapter `name` into the base weights (LORA.4) and takes all wrappers off.
 
     Every other adapter, and every head, is gone afterwards. Returns the model. Raises ValueError
-    for a name that no layer has."""
+    for a name that no layer has, and for an adapted output head that is also the embedding."""
     require(model, name)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if name in getattr(head, "lora_A", {}) and head.weight is embedding.weight:
+        raise ValueError("the adapted output head shares its weight with the embedding")
     for path, layer in lora_layers(model).items():
         if name in layer.lora_A:
             weight = layer.base.weight
@@ -329,6 +343,21 @@ def merge_adapter(model, name):
         if hasattr(model, attribute):
             delattr(model, attribute)
     return model
+
+
+def merge_scorer(model, name, pad):
+    """Merges the reward model `name` into an AutoModelForSequenceClassification(num_labels=1).
+
+    pad: the padding token's id, which must not be one that ends an answer (see above). `model` is
+    used up. Raises ValueError where the architecture has no such class."""
+    head = model.heads[name].weight.detach()
+    merge_adapter(model, name)
+    model.config.num_labels, model.config.get_text_config().pad_token_id = 1, pad
+    with torch.device("meta"):  # its own weights are never made: all come from `model`
+        scorer = AutoModelForSequenceClassification.from_config(model.config)
+    setattr(scorer, scorer.base_model_prefix, model.base_model)
+    scorer.score.weight = nn.Parameter(head.to(model.dtype))
+    return scorer
 
 
 # ------------------------------------------------------------------------------ command
@@ -347,6 +376,25 @@ def inspect(model, name):
     share = total / sum(p.numel() for p in model.parameters())
     head = " and a scalar head" if name in getattr(model, "heads", {}) else ""
     print(f"{total:,} adapter parameters{head}: {share:.2%} of the model")
+
+
+def merge(model, tokenizer, ends, out):
+    """Writes the model with its adapter merged, and the tokenizer, to the new folder `out`.
+
+    ends: the tokens that end an answer. Raises ValueError for what cannot be merged."""
+    if "adapter" in getattr(model, "heads", {}):
+        own = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+        fit = set(range(model.get_input_embeddings().num_embeddings)) - set(ends)
+        pad = next(i for i in [*own, *sorted(fit)] if i in fit)
+        tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(pad), "right"
+        model = merge_scorer(model, "adapter", pad)
+    else:
+        merge_adapter(model, "adapter")
+    partial = out.with_name(out.name + ".partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(out)
+    print(f"wrote {out}")
 
 
 def parse_args(argv=None):
@@ -378,16 +426,12 @@ def main(argv=None):
     model, tokenizer = common.load_model(args)
     try:
         load_adapter(model, "adapter", args.adapter)
+        if args.command == "inspect":
+            inspect(model, "adapter")
+        else:
+            merge(model, tokenizer, common.stop_ids(model, tokenizer), Path(args.out))
     except (FileNotFoundError, ValueError) as problem:
         common.fail(problem)
-    if args.command == "inspect":
-        inspect(model, "adapter")
-    elif "adapter" in getattr(model, "heads", {}):
-        common.fail(f"{args.adapter} is a reward model: merging would lose its head")
-    else:
-        merge_adapter(model, "adapter").save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
-        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -14,18 +14,20 @@ CHAT = (
 )
 
 
-def byte_tokenizer(chat_template=None, merges=()):
+def byte_tokenizer(chat_template=None, merges=(), pad="<pad>", bos="<bos>"):
+    """bos is put before a text; either may be None, or be "<eos>" as in OPT and GPT-NeoX."""
     tokens = SPECIAL + ALPHABET + ["".join(pair) for pair in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", BOS)]
-    )
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token="<eos>",
         additional_special_tokens=["<start>", "<turn>"], chat_template=chat_template,
     )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from byte_tokenizer import SIZE, byte_tokenizer
 from conftest import TARGETS, toy
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
 import dpo
@@ -373,3 +374,60 @@ def test_a_run_with_a_function_and_without_an_adapter(script, house):
 def test_a_run_with_the_relatives(script, argv, house):
     SCRIPTS[script].main(arguments(script, *RUN, *argv))
     check_run(script, Path("out"), "tiny/model")
+
+
+@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo"])
+def test_a_long_prompt_is_cut_and_a_long_answer_dropped_and_counted(script, capsys, house):
+    long = [{}, {"prompt": "q" * 500}, {"response": "a" * 500, "rejected": "a" * 500}] * 3
+    rows = [{"prompt": f"q{i}", "response": f"yes {i}", "chosen": f"good {i}",
+             "rejected": f"no {i}", "split": "test" if i > 8 else "train", **odd}
+            for i, odd in enumerate(long + [{}] * 2)]
+    data = write(Path("d.jsonl"), rows)
+    SCRIPTS[script].main(arguments(script, *RUN, "--data", data))
+    said = capsys.readouterr().out
+    kept = "6 demonstrations (3 dropped" if script == "sft" else "6 training pairs (dropped: 3 long"
+    assert kept in said
+    check_run(script, Path("out"), "tiny/model")
+
+
+# ------------------------------------------------------------------------------ lora.py
+
+
+def command(*argv):
+    lora.main([*argv, "--device", "cpu"])
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["merge", "--adapter", "ADAPTER"], "--out"),
+    (["merge", "--adapter", "ADAPTER", "--out", "there"], "there"),
+    (["merge", "--adapter", "nowhere", "--out", "new"], "nowhere"),
+    (["merge", "--adapter", "ADAPTER", "--out", "new", "--model", "other"], "does not fit"),
+    (["unmerge", "--adapter", "ADAPTER"], "unmerge"),
+])
+def test_a_merge_that_cannot_be_ends_in_one_line_and_writes_nothing(argv, says, capsys, house):
+    Path("there").mkdir()
+    other = LlamaConfig(vocab_size=SIZE, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                        num_attention_heads=2)
+    LlamaForCausalLM(other).save_pretrained("other")
+    byte_tokenizer().save_pretrained("other")
+    with pytest.raises(SystemExit) as end:
+        command(*(str(house / "sft") if a == "ADAPTER" else a for a in argv))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert says in error
+    assert sorted(p.name for p in Path().iterdir()) == ["other", "there"]
+    assert not any(Path("there").iterdir())
+
+
+def test_inspect_shows_each_layer_and_the_head(house, capsys):
+    command("inspect", "--adapter", str(house / "reward_model"))
+    said = capsys.readouterr().out
+    assert said.count(TARGETS["gpt2" if "gpt2" in house.name else "llama"][0]) == 2
+    assert "and a scalar head" in said
+
+
+def test_a_merged_reward_model_is_a_reward_for_the_next_run(house):
+    command("merge", "--adapter", str(house / "reward_model"), "--out", "scorer")
+    assert sorted(p.name for p in Path().iterdir()) == ["scorer"]
+    ppo.main(arguments("ppo", *RUN, "--reward", "scorer"))
+    check_run("ppo", Path("out"), "tiny/model")

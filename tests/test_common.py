@@ -9,9 +9,11 @@ import pytest
 import torch
 from byte_tokenizer import BOS, CHAT, EOS, SIZE, START, TURN, byte_tokenizer, spell
 from conftest import toy
+from tokenizers import processors
 
 import common
 import lora
+import sft
 
 LEFT_ROWS = [[5, 9, 4, 7, 30, 11], [8, 3, 44, 21], [6, 50, 31, 17, 9, 12, 40, 33]]
 
@@ -315,6 +317,73 @@ def test_end_of_turn_is_eos_where_the_template_closes_with_none():
     assert common.end_of_turn(byte_tokenizer(template)) == EOS
 
 
+SYSTEM = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": "Hi?"}]
+CLOSED = [TURN] + spell("\n") + [START] + spell("assistant\n")
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+LEAVES_OUT = CHAT.replace("messages %}", "messages if m['role'] != 'system' %}")
+STRIPS = CHAT.replace("m['content']", "m['content'] | trim")
+ALTERNATES = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHAT
+)
+
+
+def test_a_system_turn_is_the_template_s_affair():
+    got = common.encode_prompt(byte_tokenizer(CHAT), SYSTEM)
+    assert got == [START] + spell("system\n Be kind. ") + [TURN] + spell("\n") + [START] + spell(
+        "user\nHi?") + CLOSED
+    got = common.encode_prompt(byte_tokenizer(STRIPS), SYSTEM)
+    assert got == [START] + spell("system\nBe kind.") + [TURN] + spell("\n") + [START] + spell(
+        "user\nHi?") + CLOSED
+
+
+@pytest.mark.parametrize("template", [REFUSES, LEAVES_OUT, ALTERNATES])
+def test_a_system_turn_that_the_template_does_not_take_opens_the_user_s_turn(template):
+    tokenizer = byte_tokenizer(template)
+    question = [START] + spell("user\n Be kind. \n\nHi?") + CLOSED
+    assert common.encode_prompt(tokenizer, SYSTEM) == question
+    more = [{"role": "assistant", "content": "Yes"}, {"role": "user", "content": "Oh"}]
+    assert common.encode_prompt(tokenizer, SYSTEM + more) == (
+        question + spell("Yes") + [TURN] + spell("\n") + [START] + spell("user\nOh") + CLOSED)
+
+
+@pytest.mark.parametrize("roles", [["user", "user"], ["system"], ["system", "assistant"]])
+def test_turns_that_the_template_refuses_end_in_one_line(roles, capsys):
+    turns = [{"role": role, "content": "text"} for role in roles]
+    with pytest.raises(SystemExit) as end:
+        common.encode_prompt(byte_tokenizer(ALTERNATES), turns)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert ", ".join(roles) in error and "roles must alternate" in error
+
+
+@pytest.mark.parametrize("template", [None, CHAT, "<bos>" + CHAT])
+@pytest.mark.parametrize("bos", [None, "<bos>", "<eos>"])
+@pytest.mark.parametrize("pad", [None, "<pad>", "<eos>", "<turn>"])
+def test_neither_padding_token_nor_bos_changes_what_is_learnt(template, bos, pad):
+    """One BOS at most, from the template where there is one; every answer keeps its one end, also
+    where the end pads and where BOS is EOS; the labels are the answer and its end."""
+    tokenizer = byte_tokenizer(template, bos=bos, pad=pad)
+    starts = {None: [], "<bos>": [BOS], "<eos>": [EOS]}[bos]
+    start = ([BOS] if template and "bos" in template else []) if template else starts
+    end = TURN if template else EOS
+    question = [START] + spell("user\nq") + CLOSED if template else spell("User: q\n\nAssistant: ")
+    pairs = [common.encode_pair(tokenizer, "q", a, 99) for a in ("yes", "no, never")]
+    assert [p for p, _ in pairs] == [start + question] * 2
+    _, _, labels = sft.collate(pairs, "cpu")
+    for row, answer in zip(labels.tolist(), ("yes", "no, never")):
+        assert [label for label in row if label != -100] == spell(answer) + [end]
+
+
+def test_a_tokenizer_that_closes_every_text_does_not_close_the_prompt():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", BOS), ("<eos>", EOS)])
+    assert tokenizer("a").input_ids == [BOS] + spell("a") + [EOS]
+    p, r = common.encode_pair(tokenizer, "q", "a", 99)
+    assert p == [BOS] + spell("User: q\n\nAssistant: ") and r == spell("a") + [EOS]
+
+
 def test_every_end_stops_generation(model):
     model.generation_config.eos_token_id = [2, 9]
     assert common.stop_ids(model, byte_tokenizer(CHAT)) == sorted({EOS, TURN, 2, 9})
@@ -437,9 +506,35 @@ def write(path, rows):
             writer.writerows(rows)
     elif path.suffix == ".parquet":
         datasets.Dataset.from_list(rows).to_parquet(str(path))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".dataset":
+        datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    elif path.suffix == ".dict":
+        splits = {s: datasets.Dataset.from_list([r for r in rows if r["split"] == s])
+                  for s in ("train", "test")}
+        datasets.DatasetDict(splits).save_to_disk(str(path))
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+LISTS = ("messages, several turns", "UltraFeedback", "message lists without prompt")
+TEXTS = ("dolly with context", "alpaca with input", "HH strings", "prompt, chosen, rejected")
+KINDS = (".jsonl", ".json", ".parquet", ".dataset", ".dict")
+
+
+@pytest.mark.parametrize("layout, suffix", [
+    *((layout, suffix) for layout in LISTS for suffix in KINDS),
+    *((layout, ".csv") for layout in TEXTS),
+])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, layout, suffix):
+    row, expected = LAYOUTS[layout]
+    rows = [{**row, "split": "test" if i > 3 else "train", "number": i} for i in range(6)]
+    train, test = common.load_data(write(tmp_path / f"d{suffix}", rows), list(expected))
+    assert [r["number"] for r in train] == [0, 1, 2, 3] and [r["number"] for r in test] == [4, 5]
+    for read in train + test:
+        assert {key: read[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
@@ -449,6 +544,18 @@ def test_load_data_obeys_a_split_column(tmp_path, suffix):
     train, test = common.load_data(write(tmp_path / f"d{suffix}", rows), ["prompt", "response"])
     assert [r["prompt"] for r in train] == ["q1", "q2", "q4", "q5", "q7", "q8"]
     assert [(r["response"], r["note"]) for r in test] == [("a0", "n0"), ("a3", "n3"), ("a6", "n6")]
+
+
+@pytest.mark.parametrize("spec, asked", [
+    ("org/name", ("org/name", None)), ("org/name:train", ("org/name", "train")),
+    ("org/name:train[:1000]", ("org/name", "train[:1000]")),
+])
+def test_a_hub_id_takes_the_split_syntax_of_datasets(monkeypatch, spec, asked):
+    made = datasets.Dataset.from_list([{"prompt": "q"}])
+    said = []
+    monkeypatch.setattr(datasets, "load_dataset",
+                        lambda name, split: said.append((name, split)) or made)
+    assert common.read_data(spec) == {"train": made} and said == [asked]
 
 
 def test_load_data_holds_out_one_prompt_in_twenty_and_never_moves_it(tmp_path):
@@ -493,6 +600,41 @@ def test_rows_whose_needed_text_is_empty_are_dropped_and_counted(tmp_path, capsy
     train, test = common.load_data(write(tmp_path / "d.jsonl", rows), ["prompt", "response"])
     assert [r["prompt"] for r in train] == ["q0", "q1", "q3", "q5", "q6"] and len(test) == 2
     assert "2 rows dropped" in capsys.readouterr().out
+
+
+ODD = {
+    "null": {"response": None},
+    "a number": {"response": 4},
+    "no role": {"prompt": [{"from": "human", "value": "q"}]},
+    "messages without content": {"prompt": [{"role": "user", "content": None}]},
+    "a list of words": {"prompt": ["q"]},
+}
+
+
+@pytest.mark.parametrize("odd", list(ODD))
+def test_a_row_without_its_text_is_dropped_and_data_of_such_rows_refused(
+    tmp_path, capsys, monkeypatch, odd
+):
+    """One of nine is dropped and counted; where all are like it, the columns are listed."""
+    rows = [{"prompt": f"q{i}", "response": "a", "split": "test" if i > 6 else "train"}
+            for i in range(9)]
+    mixed = {"train": [*rows[:2], {**rows[2], **ODD[odd]}, *rows[3:]]}
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "read_data", lambda spec: mixed)
+        train, test = common.load_data("mixed", ["prompt", "response"])
+    assert [r["prompt"] for r in train] == ["q0", "q1", "q3", "q4", "q5", "q6"] and len(test) == 2
+    assert "1 rows dropped" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        common.load_data(write(tmp_path / "all.jsonl", [{**r, **ODD[odd]} for r in rows]),
+                         ["prompt", "response"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "prompt, response, split" in error
+
+
+def test_messages_keep_their_role_and_content_only():
+    """`datasets` fills absent columns with None, and Llama's template looks whether they exist."""
+    turns = [{"role": "user", "content": "q", "tool_calls": None}, {**BOT, "tool_calls": None}]
+    assert common.parse_row({"messages": turns}) == {"prompt": [USER], "response": "good"}
 
 
 def test_splits_named_as_in_UltraFeedback_hold_out_the_test_one(tmp_path):

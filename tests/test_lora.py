@@ -192,6 +192,23 @@ def toy_like(model):
     return toy("gpt2" if model.config.model_type == "gpt2" else "llama")
 
 
+def test_an_output_head_is_merged_unless_it_is_the_embedding_too(kind):
+    """peft can be told to adapt it; here nothing does."""
+    model = toy(kind)
+    lora.wrap(model, "lm_head".__eq__)["lm_head"].add("a", 4, 2.0, 0.0, True)
+    disturb(model, "a")
+    lora.add_head(model, "a")
+    lora.add_adapter(model, "b", targets="all-linear")
+    assert "b" not in lora.lora_layers(model)["lm_head"].lora_A
+    expected = logits(model, "a")
+    if model.config.tie_word_embeddings:
+        with pytest.raises(ValueError, match="embedding"):
+            lora.merge_adapter(model, "a")
+        assert torch.equal(logits(model, "a"), expected)
+    else:
+        assert torch.allclose(lora.merge_adapter(model, "a")(IDS).logits, expected, atol=1e-4)
+
+
 def test_merge_of_an_unknown_adapter_is_refused(model, targets):
     trained(model, "a", targets)
     expected = logits(model, "a")
