@@ -229,7 +229,7 @@ def test_a_file_of_another_kind_is_refused_and_left_as_it_is(content, capsys):
 
 @pytest.mark.parametrize("argv, says", [
     (["--collect", "0"], "--collect"),
-    (["--collect", "3", "--temperature", "0"], "--temperature"),
+    (["--collect", "3", "--temperature", "0", "--data", "missing.jsonl"], "--temperature"),
     (["--collect", "3", "--max-new-tokens", "64", "--max-length", "64"], "--max-new-tokens"),
     (["--collect", "3", "--out", "runs/mine"], ".jsonl"),
     (["--collect", "3", "--out", "folder.jsonl"], "folder.jsonl"),
@@ -246,6 +246,14 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(argv, says, capsys):
     assert end.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
     assert says in error
     assert {p.name for p in Path.cwd().iterdir()} - {"cache"} == {"folder.jsonl", "file"}
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_first_question(monkeypatch, capsys):
+    Path("link.jsonl").symlink_to("nowhere/d.jsonl")
+    argv = ["2", "--data", prompts_file(), "--out", "link.jsonl"]
+    assert run(monkeypatch, io.StringIO("a\nb\n"), *argv) == 2
+    out, error = capsys.readouterr()
+    assert "Which" not in out and "link.jsonl" in error and error.count("\n") == 1
 
 
 def run(monkeypatch, stdin, *argv):
@@ -341,7 +349,7 @@ def start(*argv):
     return pid, terminal
 
 
-def screen(terminal, until=None, seconds=120):
+def screen(terminal, until=None, seconds=300):
     """What the terminal shows up to the text `until`, or up to the end of the program."""
     import select
 
