@@ -569,6 +569,7 @@ def read_data(spec):
         fail(f"--data {spec}: no such file")
     try:
         if builder:
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
             data = datasets.load_dataset(builder, data_files=str(path), split="train")
         elif path.is_dir():
             data = datasets.load_from_disk(str(path))
@@ -576,14 +577,16 @@ def read_data(spec):
             name, _, split = spec.partition(":")
             data = datasets.load_dataset(name, split=split or None)
     except Exception as problem:  # datasets, pyarrow and the hub each raise their own kinds
-        fail(f"cannot read --data {spec} ({str(problem).strip().split(chr(10))[0]}); give a hub "
-             "id[:split], a .jsonl, .json, .csv or .parquet file, or a folder that datasets saved")
+        reason = str(problem.__cause__ or problem).strip().split("\n")[0]
+        fail(f"cannot read --data {spec} ({reason}); give a hub id[:split], a .jsonl, .json, .csv "
+             "or .parquet file, or a folder that datasets saved")
     return dict(data) if isinstance(data, dict) else {"train": data}
 
 
-def load_data(spec, need):
+def load_data(spec, need, need_test=True):
     """(train rows, held-out rows) of --data; each is the data row with prompt, response, chosen and
-    rejected filled in where it has them. `need`: the names a script cannot do without.
+    rejected filled in where it has them. `need`: the names a script cannot do without; need_test:
+    whether it needs held-out rows.
 
     Held out is what its split, or its column `split`, calls test, validation or eval (or begins
     so); where nothing is, one row in twenty by the hash of its prompt, which never moves."""
@@ -603,7 +606,8 @@ def load_data(spec, need):
         fail(f"--data {spec}: {wanted} cannot be read as text from rows with the columns "
              f"{columns}; accepted: {ACCEPTED}")
     if dropped:
-        print(f"--data {spec}: {dropped} rows dropped, {wanted} missing, empty or no text")
+        empty = "empty (a tie or a skip)" if "chosen" in need else "empty"
+        print(f"--data {spec}: {dropped} rows dropped, {wanted} missing, {empty} or no text")
     held_out = ("test", "validation", "eval")
     if not any(row["split"].startswith(held_out) for row in found):
         for row in found:
@@ -611,9 +615,10 @@ def load_data(spec, need):
             row["split"] = "test" if digest[0] * 20 < 256 else "train"
     train = [row for row in found if not row["split"].startswith(held_out)]
     test = [row for row in found if row["split"].startswith(held_out)]
-    if not train or not test:
-        fail(f"--data {spec}: {len(train)} rows to train on and {len(test)} held out; both are "
-             "needed: give more rows, or a column `split` that says train or test")
+    if not train or (need_test and not test):
+        both = "both are needed: " if need_test else ""
+        fail(f"--data {spec}: {len(train)} rows to train on and {len(test)} held out; {both}"
+             "give more rows, or a column `split` that says train or test")
     return train, test
 
 

@@ -289,11 +289,11 @@ def main(argv=None):
         if step == 0:
             tqdm.write(f"step 0, before any update: |ratio - 1| {first['ratio_error']:.1e}, clip "
                        f"fraction {first['clip_fraction']:g}, approx KL {first['approx_kl']:.1e}\n"
-                       f"loss {first['loss']:.1e}, grad norm {first['grad_norm']:.2f}: at ratio 1 "
-                       "advantages cancel, their gradients do not; watch score, not loss")
+                       f"loss {first['loss']:.1e}, grad norm {first['grad_norm']:.2f}: advantages "
+                       "sum to 0 in a group, their gradients do not; watch score, not loss")
         row = {"step": step, "seconds": time.time() - clock, "lr": lr}
         row |= batch["stats"] | stats
-        row["zero_std_groups"] = int((groups.std(1) == 0).sum())
+        row["zero_std_groups"] = int((batch["score"].view(-1, G).std(1) == 0).sum())
         common.append(out / "metrics.jsonl", row)
         common.save_samples(out, step, rows[:1], batch["responses"], batch["score"].tolist())
         bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})

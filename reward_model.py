@@ -13,9 +13,12 @@ People disagree, so accuracy has a ceiling below 1. Where the data state how sur
 (a column `p_chosen`), the ceiling is printed beside the accuracy. Calibration: of the pairs that
 (RM.1) calls 80 % certain, 80 % should be right.
 
-Left out on purpose: rankings of more than two answers, and ties.
+Left out on purpose: rankings of more than two answers, and a likelihood for ties: collect.py keeps
+the ties that --collect meets, training leaves them out.
 
     python reward_model.py --adapter runs/sft --out runs/reward_model
+    python reward_model.py --collect 50 --out collected.jsonl
+    python reward_model.py --data collected.jsonl
 """
 
 import math
@@ -93,8 +96,18 @@ def parse_args(argv=None):
     p.add_argument("--margin", type=common.amount, default=0.0, help="m of the loss (0)")
     p.add_argument("--center", type=common.amount, default=0.01, help="c of the loss (0.01)")
     p.add_argument("--warmup", type=common.amount, default=0.05, help="share of the steps (0.05)")
+    add = p.add_argument_group("label pairs in the terminal instead of training").add_argument
+    add("--collect", type=common.whole, metavar="N",
+        help="pairs that the file --out (collected.jsonl) is to hold; --data: the prompts")
+    add("--max-new-tokens", type=common.whole, default=96, help="of an answer to judge (96)")
+    add("--temperature", type=common.amount, default=0.7, help="of the sampling (0.7)")
     args = p.parse_args(argv)
-    common.defaults(args, adapter="sft", data="preferences.jsonl")
+    if not args.collect:
+        args.max_new_tokens = 0  # training samples nothing and needs no room for it
+    elif args.temperature == 0:
+        common.fail("--temperature must be above 0: two greedy answers are the same")
+    data = "prompts.jsonl" if args.collect else "preferences.jsonl"
+    common.defaults(args, adapter="sft", data=data)
     return args
 
 
@@ -112,6 +125,10 @@ def report(rows, before, after, difference):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.collect:
+        import collect  # here, so that training can be copied without it
+
+        return collect.session(args)
     out = common.free_folder(args, "reward_model")
     common.seed_everything(args.seed)
     train, test = common.load_data(args.data, ["prompt", "chosen", "rejected"])
@@ -127,7 +144,6 @@ def main(argv=None):
     before, _ = evaluate(model, test_pairs, args)
     print(f"loss before training {before['loss']:.3f} (ln 2 = {math.log(2):.3f})")
     common.start_run(out, args)
-
     parameters = lora.adapter_parameters(model, "reward")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)
     order = common.batches(len(pairs), args.batch_size, args.seed)

@@ -276,7 +276,8 @@ def natural_step(model, parameters, old, batch, args):
     `old`, the parameters of the adapter "old", must hold theta_old; the policy is not moved.
 
     s comes from F on --fisher-rows rows. To these rows directions look free that move others, so
-    s F s is measured on the whole batch, by a short trial step e s: D is about 1/2 e^2 s F s."""
+    s F s is measured on the whole batch, by trial steps e s: D is about 1/2 e^2 s F s. The first is
+    short, the second has the length that the first one found, where D is no longer quite that."""
     everything = torch.arange(len(batch["ids"]))
     for part, share in parts(batch, everything, args):
         gain, _ = gain_of(model, batch, part, args)
@@ -294,10 +295,12 @@ def natural_step(model, parameters, old, batch, args):
         s = conjugate_gradient(matvec, g, args.cg_iters)  # (TRPO.8)
     sFs = s @ g - args.damping * s @ s  # conjugate gradient ends with s (F + damping) s = s g
     e = step_length(sFs.item(), args.max_kl / 4)
-    move(parameters, old, e * s)
-    _, kl = gain_and_kl(model, batch, args)
+    for _ in range(2):
+        move(parameters, old, e * s)
+        _, kl = gain_and_kl(model, batch, args)
+        e = step_length(2 * kl / e**2 if e else 0.0, args.max_kl)  # (TRPO.9)
     move(parameters, old, torch.zeros_like(s))
-    return step_length(2 * kl / e**2 if e else 0.0, args.max_kl) * s, g.norm().item()  # (TRPO.9)
+    return e * s, g.norm().item()
 
 
 def line_search(model, parameters, old, step, batch, args):

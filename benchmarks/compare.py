@@ -1,11 +1,12 @@
 """DPO, PPO, TRPO and GRPO side by side on the tiny world, with best-of-n and plain SFT.
 
     python benchmarks/compare.py            all; what has run before is not run again
-    python benchmarks/compare.py --quick    15 steps, one seed, one --beta: to see that it works
+    python benchmarks/compare.py --quick    14 steps, one seed, one --beta: to see that it works
 
-All start from tiny/sft and may look at the same number of answers: 200 steps of 12 (dpo: of 12
-labelled pairs). Three seeds with default flags, then seed 0 with a lower and a higher --beta, then
-one PPO run without a KL penalty that goes on for too long. Every policy is judged from outside by
+All start from tiny/sft and look at the same number of answers: 2400, in 200 steps of 12 or (grpo,
+which needs groups) 100 steps of 24; dpo at 2400 labelled pairs. Three seeds with default flags, then
+seed 0 with a lower and a higher --beta, then one PPO run without a KL penalty that goes on for too
+long. Every policy is judged from outside by
 tiny/judge.py, on held-out prompts: by the reward model it was trained on (score) and by the hidden
 preference it never saw (gold).
 
@@ -39,16 +40,17 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def plan(args):
     """{name: command line} of all training runs."""
-    steps, seeds = (15, (0,)) if args.quick else (200, (0, 1, 2))
+    steps, seeds = (14, (0,)) if args.quick else (200, (0, 1, 2))
     runs = {f"{script}-seed{seed}": [f"{script}.py", "--seed", str(seed)]
             for seed in seeds for script in SCRIPTS}
     if not args.quick:
         runs |= {f"{script}-beta{beta:g}": [f"{script}.py", "--beta", str(beta)]
                  for script in SCRIPTS for beta in BETAS[script]}
-    runs = {name: [*argv, "--steps", str(steps), "--batch-size", "12"]
-            for name, argv in runs.items()}
+    for argv in runs.values():
+        share = 2 if argv[0] == "grpo.py" else 1
+        argv += ["--steps", str(steps // share), "--batch-size", str(12 * share)]
     runs["ppo-long"] = ["ppo.py", "--beta", "0", "--steps", str(2 * steps), "--batch-size", "12",
-                        "--lr", "3e-3", "--save-every", str(steps // 5)]
+                        "--lr", "3e-3", "--save-every", str(steps // 5 or 1)]
     return runs
 
 
@@ -157,7 +159,7 @@ def figures(results, best, folder):
 def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument("--quick", action="store_true", help="15 steps, one seed, results to runs/quick")
+    p.add_argument("--quick", action="store_true", help="14 steps, one seed, results to runs/quick")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
     return p.parse_args(argv)
 
@@ -166,7 +168,7 @@ def main(argv=None):
     args = parse_args(argv)
     folder = ROOT / "runs" / ("quick" if args.quick else "compare")
     folder.mkdir(parents=True, exist_ok=True)
-    runs, prompts = plan(args), 32 if args.quick else 384
+    runs, prompts = plan(args), 32 if args.quick else 192
     with ThreadPoolExecutor(args.jobs) as pool:
         for job in tqdm([pool.submit(train, n, argv, folder, prompts) for n, argv in runs.items()]):
             job.result()

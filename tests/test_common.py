@@ -171,8 +171,9 @@ def test_sequence_scores_know_nothing_of_padding_and_batch_mates(model, targets,
 
 @torch.no_grad()
 def test_the_row_scores_by_its_adapter_and_not_by_the_active_one(model, targets):
-    with_head(model, targets, "reward")
-    lora.add_adapter(model, "policy", targets=targets)
+    with_head(with_head(model, targets, "reward"), targets, "policy")
+    for layer in lora.lora_layers(model).values():  # another adapter than that of the reward
+        layer.lora_B["policy"].data.neg_()
     ids, attention = common.pad(LEFT_ROWS, "right", "cpu")
     outside = common.sequence_scores(model, "reward", ids, attention)
     with lora.use_adapter(model, "policy"):

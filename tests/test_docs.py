@@ -81,6 +81,13 @@ def test_worked_examples_compute_what_they_print(page):
     assert tried or page.removesuffix(".md") not in SCRIPTS
 
 
+def test_every_test_that_the_mistakes_name_exists():
+    named = re.findall(r"`tests/(\w+\.py)::(\w+)`", (ROOT / "docs" / "mistakes.md").read_text())
+    assert len(named) > 60
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.endswith(".md")])
 def test_every_link_leads_to_a_file(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / page).read_text()):

@@ -66,7 +66,7 @@ def test_loo_subtracts_the_mean_of_the_other_answers(G):
 
 
 @pytest.mark.parametrize("scale", ["std", "none", "loo"])
-@pytest.mark.parametrize("score", [0.0, -3.0, 2.5])
+@pytest.mark.parametrize("score", [0.0, -3.0, 2.5, 0.3])
 def test_a_group_without_spread_has_no_advantage(scale, score):
     rewards = torch.stack([torch.full((6,), score), torch.arange(6.0)])
     adv = grpo.group_advantages(rewards, scale)
