@@ -219,8 +219,9 @@ def parse_args(argv=None):
     add("--ppo-epochs", type=whole, default=2, help="passes over a rollout batch (2)")
     add("--minibatches", type=whole, default=1, help="updates a pass (1)")
     add("--clip", type=amount, default=0.2, help="eps of the ratio (0.2)")
-    add("--value-clip", type=amount, default=0.2, help="eps of the values, in units of score (0.2)")
+    add("--value-clip", type=amount, default=1.0, help="eps of the values, in units of score (1)")
     add("--value-coef", type=amount, default=0.1, help="weight of the value loss (0.1)")
+    add("--warmup", type=amount, default=0.1, help="share of the steps (0.1)")
     add("--gamma", type=amount, default=1.0, help="discount (1)")
     add("--lam", type=amount, default=0.95, help="lambda of GAE (0.95)")
     args = p.parse_args(argv)
@@ -277,8 +278,8 @@ def main(argv=None):
         rewards = kl_shaped_rewards(batch["score"], batch["logp"], batch["logp_ref"], mask, beta)
         adv, ret = gae(rewards, values, mask, args.gamma, args.lam)
         batch |= {"adv": whiten(adv, mask), "ret": ret}
-        # 3. K epochs on policy and critic
-        lr = common.learning_rate(step, args.steps, args.lr)
+        # 3. K epochs on policy and critic, small ones while the critic learns to read half answers
+        lr = common.learning_rate(step, args.steps, args.lr, args.warmup)
         optimizer.param_groups[0]["lr"] = lr
         stats = update(model, parameters, optimizer, batch, args)
         # 4. measure, and adapt beta
