@@ -235,7 +235,7 @@ def checkpoint_layers(model):
     enable = enable or model.gradient_checkpointing_enable
     enable(dict(
         use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), SameAdapter(model))))
-    for part in (model, model.base_model):  # hidden_states calls the second; OPT's own head does not
+    for part in (model, model.base_model):  # sft.py calls the first, hidden_states the second
         part.register_forward_pre_hook(switch)
 
 
