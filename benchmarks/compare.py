@@ -1,6 +1,7 @@
 """DPO, PPO, TRPO and GRPO side by side on the tiny world, with best-of-n and plain SFT.
 
     python benchmarks/compare.py            all; what has run before is not run again
+    python benchmarks/compare.py --table    trains nothing: the table of what has run so far
     python benchmarks/compare.py --quick    14 steps, one seed, one --beta: to see that it works
 
 All start from tiny/sft and look at the same number of answers: 2400, in 200 steps of 12 or (grpo,
@@ -108,7 +109,8 @@ def table(results, best):
                      *(f"{stats[c]:.2f}" if n == 1 else "" for c in COLUMNS[4:6]), "", ""))
     for script in SCRIPTS:
         seeds = [r for name, r in results.items() if name.startswith(f"{script}-seed")]
-        rows.append((script.upper(), *(spread([r[c] for r in seeds]) for c in COLUMNS)))
+        if seeds:
+            rows.append((script.upper(), *(spread([r[c] for r in seeds]) for c in COLUMNS)))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
@@ -160,6 +162,7 @@ def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("--quick", action="store_true", help="14 steps, one seed, results to runs/quick")
+    p.add_argument("--table", action="store_true", help="train nothing, print what is there")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
     return p.parse_args(argv)
 
@@ -169,6 +172,8 @@ def main(argv=None):
     folder = ROOT / "runs" / ("quick" if args.quick else "compare")
     folder.mkdir(parents=True, exist_ok=True)
     runs, prompts = plan(args), 32 if args.quick else 192
+    if args.table:
+        runs = {name: argv for name, argv in runs.items() if (folder / f"{name}.json").is_file()}
     with ThreadPoolExecutor(args.jobs) as pool:
         for job in tqdm([pool.submit(train, n, argv, folder, prompts) for n, argv in runs.items()]):
             job.result()
