@@ -11,9 +11,9 @@ long. Every policy is judged from outside by
 tiny/judge.py, on held-out prompts: by the reward model it was trained on (score) and by the hidden
 preference it never saw (gold).
 
-Runs go to runs/compare; the table to benchmarks/compare.md, the numbers to benchmarks/compare.json,
-and, where matplotlib is installed, two figures to docs/. --jobs runs train at a time, each on one
-thread; seconds are those of a run beside its neighbours.
+Runs go to runs/compare, the table to benchmarks/compare.md, the numbers to benchmarks/compare.json;
+`python docs/draw.py --record curves` draws them. --jobs runs train at a time, each on one thread;
+seconds are those of a run beside its neighbours.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def best_of(folder, prompts):
     return {int(name.split()[-1]): stats for name, stats in json.loads(record.read_text()).items()}
 
 
-# ------------------------------------------------------------------------------ table, figures
+# ------------------------------------------------------------------------------ table
 
 
 def spread(values):
@@ -112,47 +112,6 @@ def table(results, best):
         if seeds:
             rows.append((script.upper(), *(spread([r[c] for r in seeds]) for c in COLUMNS)))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
-
-def figures(results, best, folder):
-    """docs/frontier.svg and docs/overoptimisation.svg; readable on light and dark."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    grey = "#7f7f7f"
-    plt.rcParams |= {"svg.hashsalt": "0", "axes.edgecolor": grey, "axes.labelcolor": grey,
-                     "xtick.color": grey, "ytick.color": grey, "text.color": grey,
-                     "axes.spines.top": False, "axes.spines.right": False}
-    colours = dict(zip(SCRIPTS, ("#e08214", "#2b83ba", "#5aae61", "#c2538f")))
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
-    bound = [math.log(n) - (n - 1) / n for n in best]
-    for panel, what in zip(panels, ("score", "gold")):
-        panel.plot(bound, [s[what] for s in best.values()], "--", color=grey, marker=".",
-                   label="best of n, analytic KL")
-        for script in SCRIPTS:
-            points = sorted((r["KL"], r[what]) for name, r in results.items()
-                            if name.startswith(script) and name != "ppo-long")
-            panel.plot(*zip(*points), "o-", color=colours[script], label=script.upper(), ms=4,
-                       lw=0.8)
-        panel.set(xlabel="KL to the SFT model, nats an answer", ylabel=what)
-    panels[0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(folder / "frontier.svg", transparent=True, metadata={"Date": None})
-
-    figure, panel = plt.subplots(figsize=(5, 4))
-    steps = [best[1], *results["ppo-long"]["steps"].values()]
-    panel.plot([s["KL"] for s in steps], [s["score"] for s in steps], "o-", color=colours["ppo"],
-               label="score: the reward model")
-    panel.set(xlabel="KL to the SFT model, nats an answer", ylabel="score")
-    gold = panel.twinx()
-    gold.plot([s["KL"] for s in steps], [s["gold"] for s in steps], "s-", color=colours["dpo"],
-              label="gold: the hidden preference")
-    gold.set_ylabel("gold")
-    figure.legend(frameon=False, loc="lower center", ncols=2)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(folder / "overoptimisation.svg", transparent=True, metadata={"Date": None})
 
 
 # ------------------------------------------------------------------------------ command
@@ -181,14 +140,13 @@ def main(argv=None):
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name in runs}
     text = table(results, best)
     print(text)
-    target = (folder, folder) if args.quick else (ROOT / "benchmarks", ROOT / "docs")
-    (target[0] / "compare.md").write_text(text)
-    (target[0] / "compare.json").write_text(
+    target = folder if args.quick else ROOT / "benchmarks"
+    (target / "compare.md").write_text(text)
+    (target / "compare.json").write_text(
         json.dumps({"best of": best, "runs": results}, indent=1) + "\n")
-    try:
-        figures(results, best, target[1])
-    except ImportError:
-        print("no figures: pip install matplotlib")
+    if not args.quick:
+        print("to draw learning curves, frontier and over-optimisation: "
+              "python docs/draw.py --record curves")
 
 
 if __name__ == "__main__":
