@@ -227,6 +227,10 @@ def checkpoint_layers(model):
     backward pass, with the adapter that was active the first time."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
+    for layer in layers:
+        if isinstance(getattr(layer, "dropout", None), float):  # OPT's, which goes by that mode too
+            layer.dropout = 0.0
+
     def switch(*_):  # transformers ties it to training mode, which here no part inside is in
         for layer in layers:
             layer.training = torch.is_grad_enabled()
