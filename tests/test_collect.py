@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -185,14 +186,19 @@ def test_a_line_cut_anywhere_is_mended_and_costs_only_itself(monkeypatch, capsys
         assert said == (first < end < len(whole) - 1)
 
 
-def test_training_on_a_file_with_a_cut_line_names_the_line(monkeypatch, capfd):
+def test_training_on_a_file_with_a_cut_line_names_the_line(monkeypatch, capsys):
     session(monkeypatch, ["a", "b", "b", "q"], two)
     whole = Path("d.jsonl").read_bytes()
     Path("d.jsonl").write_bytes(whole[:-30])
-    capfd.readouterr()
+    logged, handler = [], logging.Handler()
+    handler.emit = logged.append
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [handler])
+    common.datasets.logging.set_verbosity_warning()
+    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         reward_model.main(["--data", "d.jsonl", "--out", "out"])
-    error = capfd.readouterr().err
+    error = capsys.readouterr().err
+    assert not logged  # `datasets` would print what it logs
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert "d.jsonl" in error and "row 2" in error  # counted from 0
     assert Path("d.jsonl").read_bytes() == whole[:-30] and not Path("out").exists()
@@ -272,6 +278,12 @@ def prompts_file(rows=None):
     rows = rows or [{"prompt": prompt} for prompt in PROMPTS]
     Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return "p.jsonl"
+
+
+def test_tiny_collects_for_its_prompts_and_trains_on_its_preferences():
+    for argv, file in (["--collect", "1"], "prompts.jsonl"), ([], "preferences.jsonl"):
+        assert Path(reward_model.parse_args(argv).data) == ROOT / "tiny" / file
+    assert reward_model.parse_args(["--collect", "1", "--data", "mine.csv"]).data == "mine.csv"
 
 
 @pytest.mark.parametrize("adapter", [None, "none"])
