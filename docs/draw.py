@@ -586,14 +586,12 @@ def draw_learning_curves(record, comparison):
     """Score, gold and KL along the runs: mean and range over the seeds; at the right edge the
     finished policies on held-out prompts. DPO samples nothing while it learns."""
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.6))
-    sft, end = comparison["best of"]["1"], 0
+    sft = comparison["best of"]["1"]
     for script, colour in COLOURS.items():
         for axes, key in zip(panels, ("score", "gold", "kl")):
             runs = record.get(script, [])
             if runs:
-                end = runs[0]["steps"]
-                size = end / len(runs[0][key])
-                at = [size * (i + 0.5) for i in range(len(runs[0][key]))]
+                at = [(i + 0.5) / len(runs[0][key]) for i in range(len(runs[0][key]))]
                 columns = list(zip(*(run[key] for run in runs)))
                 axes.fill_between(at, [min(c) for c in columns], [max(c) for c in columns],
                                   color=colour, alpha=0.2, linewidth=0)
@@ -602,11 +600,11 @@ def draw_learning_curves(record, comparison):
     for place, (script, colour) in enumerate(COLOURS.items()):
         for axes, key in zip(panels, ("score", "gold", "KL")):
             found = [run[key] for run in seeds(comparison, script)]
-            axes.plot([end * (1.04 + 0.03 * place)] * len(found), found, "o", color=colour,
+            axes.plot([1.04 + 0.03 * place] * len(found), found, "o", color=colour,
                       markersize=4.5)
     for axes, key in zip(panels, ("score", "gold", "KL")):
         axes.axhline(sft[key], color=GREY, linewidth=0.8, dashes=(3, 2), label="SFT")
-        axes.set(xlabel="step", title={"KL": "KL to the SFT model, nats"}.get(key, key))
+        axes.set(xlabel="share of the run", title={"KL": "KL to the SFT model, nats"}.get(key, key))
         axes.grid()
     panels[0].plot([], [], "o", color=COLOURS["dpo"], markersize=4.5, label="DPO")
     panels[0].plot([], [], "o", color=GREY, markersize=4.5, label="at the end, held-out prompts")
