@@ -394,6 +394,19 @@ def response_states(model, ids, attention, R):
     return hidden_states(model, ids, attention)[:, -R - 1 : -1]
 
 
+def micro_batches(batch, rows, size):
+    """The given rows of a rollout, `size` at a time, the shortest answers first: (row numbers,
+    {name: tensor of these rows}), without the padding that none of them needs."""
+    length = batch["mask"].sum(1).long().cpu()
+    P = batch["ids"].shape[1] - batch["mask"].shape[1]
+    for part in rows[length[rows].argsort(stable=True)].split(size):
+        R = int(length[part].max())
+        ends = {"ids": P + R, "attention": P + R}
+        yield part, {
+            key: x[part, : ends.get(key, R)] if x.dim() == 2 else x[part]
+            for key, x in batch.items() if torch.is_tensor(x)}
+
+
 def logits_of(model, states):
     """Logits [B, R, V] of states [B, R, d]."""
     logits = model.get_output_embeddings()(states)

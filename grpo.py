@@ -136,6 +136,15 @@ def token_entropy(logits, temperature=1.0):
 # ------------------------------------------------------------------------------ rollout
 
 
+def response_logps(model, name, b, args):
+    """(log pi of the sampled tokens by adapter `name` [rows, R], the states they come from)."""
+    R = b["mask"].shape[1]
+    with lora.use_adapter(model, name):
+        states = common.response_states(model, b["ids"], b["attention"], R)
+    logps = partial(token_logps, temperature=args.temperature)
+    return common.per_token(model, states, logps, b["ids"][:, -R:]), states
+
+
 @torch.no_grad()
 def rollout(model, tokenizer, rows, G, reward, generator, args):
     """G responses to each row's prompt, with all that does not change during the update.
@@ -148,46 +157,38 @@ def rollout(model, tokenizer, rows, G, reward, generator, args):
         ids, attention, mask = common.sample(
             model, prompts, stop, args.max_new_tokens, args.temperature, generator, each=G)
     rows = [row for row in rows for _ in range(G)]
-    R = mask.shape[1]
-    y, found = ids[:, -R:], []
-    logps, entropies = (
-        partial(f, temperature=args.temperature) for f in (token_logps, token_entropy))
-    for part in torch.arange(len(ids)).split(args.micro_batch_size):
-        with lora.use_adapter(model, "policy"):
-            states = common.response_states(model, ids[part], attention[part], R)
-        logp = common.per_token(model, states, logps, y[part])
-        entropy = common.per_token(model, states, entropies)
-        with lora.use_adapter(model, "reference" if args.adapter else None):
-            states = common.response_states(model, ids[part], attention[part], R)
-        found.append((logp, common.per_token(model, states, logps, y[part]), entropy))
-    logp, logp_ref, entropy = (torch.cat(x) for x in zip(*found))
+    batch = dict(ids=ids, attention=attention, mask=mask)
+    batch |= {key: torch.zeros_like(mask) for key in ("logp", "logp_ref", "entropy")}
+    entropies = partial(token_entropy, temperature=args.temperature)
+    for part, b in common.micro_batches(batch, torch.arange(len(ids)), args.micro_batch_size):
+        R = b["mask"].shape[1]
+        batch["logp"][part, :R], states = response_logps(model, "policy", b, args)
+        batch["entropy"][part, :R] = common.per_token(model, states, entropies)
+        reference = "reference" if args.adapter else None
+        batch["logp_ref"][part, :R], _ = response_logps(model, reference, b, args)
+    y = ids[:, -mask.shape[1] :]
     responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
     score = reward(ids, attention, [r["prompt"] for r in rows], responses, rows)
     score = torch.where(ended, score, torch.full_like(score, args.missing_eos_score))
     stats = {
         "score": score.mean().item(), "score_std": score.std(unbiased=False).item(),
-        "kl": ((logp - logp_ref) * mask).sum(1).mean().item(),
-        "entropy": masked_mean(entropy, mask).item(),
+        "kl": ((batch["logp"] - batch["logp_ref"]) * mask).sum(1).mean().item(),
+        "entropy": masked_mean(batch["entropy"], mask).item(),
         "eos_rate": ended.float().mean().item(), "length": mask.sum(1).mean().item(),
     }
-    return dict(ids=ids, attention=attention, mask=mask, logp=logp, logp_ref=logp_ref,
-                score=score, responses=responses, stats=stats)
+    return batch | dict(score=score, responses=responses, stats=stats)
 
 
 def update(model, parameters, optimizer, batch, args):
     """--ppo-epochs passes over the batch; returns statistics averaged over all minibatches."""
-    ids, attention, mask = batch["ids"], batch["attention"], batch["mask"]
-    R, seen, beta = mask.shape[1], [], args.beta if args.kl_in == "loss" else 0.0
-    y, logps = ids[:, -R:], partial(token_logps, temperature=args.temperature)
+    mask, seen, beta = batch["mask"], [], args.beta if args.kl_in == "loss" else 0.0
     for _ in range(args.ppo_epochs):
-        for rows in torch.randperm(len(ids)).chunk(args.minibatches):
+        for rows in torch.randperm(len(mask)).chunk(args.minibatches):
             stats = Counter(ratio_max=0.0, ratio_error=0.0)
-            for part in rows.split(args.micro_batch_size):
-                m, old, ref = mask[part], batch["logp"][part], batch["logp_ref"][part]
-                with lora.use_adapter(model, "policy"):
-                    states = common.response_states(model, ids[part], attention[part], R)
-                logp = common.per_token(model, states, logps, y[part])
-                loss = grpo_loss(logp, old, ref, batch["adv"][part], m, args.clip_low,
+            for part, b in common.micro_batches(batch, rows, args.micro_batch_size):
+                logp, _ = response_logps(model, "policy", b, args)
+                m, old = b["mask"], b["logp"]
+                loss = grpo_loss(logp, old, b["logp_ref"], b["adv"], m, args.clip_low,
                                  args.clip_high, beta, args.loss, args.max_new_tokens, args.kl)
                 # what a micro-batch is a mean over: tokens in (GRPO.6), answers in the others
                 tokens = m.sum() / mask[rows].sum()

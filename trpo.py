@@ -179,6 +179,15 @@ def explained_variance(values, ret, mask):
 # ------------------------------------------------------------------------------ rollout
 
 
+def response_logps(model, name, b, args):
+    """(log pi of the sampled tokens by adapter `name` [rows, R], the states they come from)."""
+    R = b["mask"].shape[1]
+    with lora.use_adapter(model, name):
+        states = common.response_states(model, b["ids"], b["attention"], R)
+    logps = partial(token_logps, temperature=args.temperature)
+    return common.per_token(model, states, logps, b["ids"][:, -R:]), states
+
+
 @torch.no_grad()
 def rollout(model, tokenizer, rows, reward, generator, args):
     """One response to each row's prompt, with all that does not change during the update.
@@ -190,64 +199,57 @@ def rollout(model, tokenizer, rows, reward, generator, args):
     with lora.use_adapter(model, "policy"):
         ids, attention, mask = common.sample(
             model, prompts, stop, args.max_new_tokens, args.temperature, generator)
-    R = mask.shape[1]
-    y, found = ids[:, -R:], []
-    logps, entropies = (
-        partial(f, temperature=args.temperature) for f in (token_logps, token_entropy))
-    for part in torch.arange(len(ids)).split(args.micro_batch_size):
-        with lora.use_adapter(model, "policy"):
-            states = common.response_states(model, ids[part], attention[part], R)
-        logp = common.per_token(model, states, logps, y[part])
-        entropy = common.per_token(model, states, entropies)
-        with lora.use_adapter(model, "reference" if args.adapter else None):
-            states = common.response_states(model, ids[part], attention[part], R)
-        logp_ref = common.per_token(model, states, logps, y[part])
-        values = common.response_values(model, "critic", ids[part], attention[part], R)
-        found.append((logp, logp_ref, entropy, values * mask[part]))
-    logp, logp_ref, entropy, values = (torch.cat(x) for x in zip(*found))
+    batch = dict(ids=ids, attention=attention, mask=mask)
+    batch |= {key: torch.zeros_like(mask) for key in ("logp", "logp_ref", "values", "entropy")}
+    entropies = partial(token_entropy, temperature=args.temperature)
+    for part, b in common.micro_batches(batch, torch.arange(len(ids)), args.micro_batch_size):
+        R = b["mask"].shape[1]
+        batch["logp"][part, :R], states = response_logps(model, "policy", b, args)
+        batch["entropy"][part, :R] = common.per_token(model, states, entropies)
+        reference = "reference" if args.adapter else None
+        batch["logp_ref"][part, :R], _ = response_logps(model, reference, b, args)
+        values = common.response_values(model, "critic", b["ids"], b["attention"], R)
+        batch["values"][part, :R] = values * b["mask"]
+    y = ids[:, -mask.shape[1] :]
     responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
     score = reward(ids, attention, [r["prompt"] for r in rows], responses, rows)
     score = torch.where(ended, score, torch.full_like(score, args.missing_eos_score))
     stats = {
         "score": score.mean().item(), "score_std": score.std(unbiased=False).item(),
-        "kl": ((logp - logp_ref) * mask).sum(1).mean().item(),
-        "entropy": masked_mean(entropy, mask).item(),
+        "kl": ((batch["logp"] - batch["logp_ref"]) * mask).sum(1).mean().item(),
+        "entropy": masked_mean(batch["entropy"], mask).item(),
         "eos_rate": ended.float().mean().item(), "length": mask.sum(1).mean().item(),
     }
-    return dict(ids=ids, attention=attention, mask=mask, logp=logp, logp_ref=logp_ref,
-                values=values, score=score, responses=responses, stats=stats)
+    return batch | dict(score=score, responses=responses, stats=stats)
 
 
-def policy_logits(model, name, batch, part, args):
+def policy_logits(model, name, b, args):
     """Logits [rows, R, V] of adapter `name`, divided by the temperature."""
-    R = batch["mask"].shape[1]
     with lora.use_adapter(model, name):
-        states = common.response_states(model, batch["ids"][part], batch["attention"][part], R)
+        states = common.response_states(model, b["ids"], b["attention"], b["mask"].shape[1])
     return common.logits_of(model, states).float() / args.temperature
 
 
-def gain_of(model, batch, part, args):
+def gain_of(model, b, args):
     """The surrogate (TRPO.5) of some rows, and the logits it comes from."""
-    logits = policy_logits(model, "policy", batch, part, args)
-    mask = batch["mask"][part]
-    logp = token_logps(logits, batch["ids"][part, -mask.shape[1] :])
-    return surrogate(logp, batch["logp"][part], batch["adv"][part], mask), logits
+    logits = policy_logits(model, "policy", b, args)
+    logp = token_logps(logits, b["ids"][:, -logits.shape[1] :])
+    return surrogate(logp, b["logp"], b["adv"], b["mask"]), logits
 
 
 def parts(batch, rows, args):
     """Micro-batches of `rows`, each with its share of their tokens."""
-    tokens = batch["mask"].sum(1)
-    for part in rows.split(args.micro_batch_size):
-        yield part, tokens[part].sum() / tokens[rows].sum()
+    for _, b in common.micro_batches(batch, rows, args.micro_batch_size):
+        yield b, b["mask"].sum() / batch["mask"][rows].sum()
 
 
 def kl_graphs(model, batch, rows, args):
     """D (TRPO.6) of `rows` at theta_old, where it is 0 and its Hessian is F; as micro-batches to be
     summed. The usual attention kernels cannot be differentiated twice, MATH can."""
-    for part, share in parts(batch, rows, args):
+    for b, share in parts(batch, rows, args):
         with sdpa_kernel(SDPBackend.MATH):
-            logits = policy_logits(model, "policy", batch, part, args)
-        yield share * mean_kl(logits.detach(), logits, batch["mask"][part])
+            logits = policy_logits(model, "policy", b, args)
+        yield share * mean_kl(logits.detach(), logits, b["mask"])
 
 
 @torch.no_grad()
@@ -263,11 +265,11 @@ def gain_and_kl(model, batch, args):
     """L (TRPO.5) and D (TRPO.6) of the policy as it stands, on the whole batch; the adapter "old"
     holds theta_old."""
     gain = kl = 0.0
-    for part, share in parts(batch, torch.arange(len(batch["ids"])), args):
-        part_gain, logits = gain_of(model, batch, part, args)
-        logits_old = policy_logits(model, "old", batch, part, args)
+    for b, share in parts(batch, torch.arange(len(batch["ids"])), args):
+        part_gain, logits = gain_of(model, b, args)
+        logits_old = policy_logits(model, "old", b, args)
         gain += (share * part_gain).item()
-        kl += (share * mean_kl(logits_old, logits, batch["mask"][part])).item()
+        kl += (share * mean_kl(logits_old, logits, b["mask"])).item()
     return gain, kl
 
 
@@ -279,8 +281,8 @@ def natural_step(model, parameters, old, batch, args):
     s F s is measured on the whole batch, by trial steps e s: D is about 1/2 e^2 s F s. The first is
     short, the second has the length that the first one found, where D is no longer quite that."""
     everything = torch.arange(len(batch["ids"]))
-    for part, share in parts(batch, everything, args):
-        gain, _ = gain_of(model, batch, part, args)
+    for b, share in parts(batch, everything, args):
+        gain, _ = gain_of(model, b, args)
         (gain * share).backward()
     g = flatten([p.grad for p in parameters])
     for p in parameters:
@@ -320,20 +322,18 @@ def line_search(model, parameters, old, step, batch, args):
 
 def fit_critic(model, parameters, optimizer, batch, args):
     """--ppo-epochs gradient steps on (TRPO.11); returns the loss before the first of them."""
-    everything, mask, losses = torch.arange(len(batch["ids"])), batch["mask"], []
-    for _ in range(args.ppo_epochs):
-        loss = 0.0
-        for part, share in parts(batch, everything, args):
+    first = 0.0
+    for epoch in range(args.ppo_epochs):
+        for b, share in parts(batch, torch.arange(len(batch["ids"])), args):
             values = common.response_values(
-                model, "critic", batch["ids"][part], batch["attention"][part], mask.shape[1])
-            part_loss = share * value_loss(values, batch["ret"][part], mask[part])
-            part_loss.backward()
-            loss += part_loss.item()
+                model, "critic", b["ids"], b["attention"], b["mask"].shape[1])
+            loss = share * value_loss(values, b["ret"], b["mask"])
+            loss.backward()
+            first += loss.item() if epoch == 0 else 0.0
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss)
-    return losses[0]
+    return first
 
 
 # ------------------------------------------------------------------------------ flags

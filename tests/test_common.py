@@ -85,6 +85,20 @@ def test_logits_of_response_states_equal_the_slice_of_the_full_logits(model):
     assert torch.allclose(got, full[:, -4:-1], atol=1e-6)
 
 
+def test_micro_batches_hold_the_real_tokens_of_the_given_rows_and_little_else():
+    mask = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]])
+    ids, adv = torch.arange(28).view(4, 7), torch.tensor([3.0, 2.0, 1.0, 0.0])  # prompts of 3
+    batch = dict(mask=mask, ids=ids, attention=ids > 0, logp=ids[:, 3:] * 1.0, adv=adv, stats={})
+    pieces = list(common.micro_batches(batch, torch.tensor([0, 3, 1]), 2))
+    assert [part.tolist() for part, _ in pieces] == [[1, 3], [0]]
+    for (part, b), R in zip(pieces, (2, 4)):
+        assert b.keys() == {"mask", "ids", "attention", "logp", "adv"}
+        assert torch.equal(b["ids"], ids[part, : 3 + R])
+        assert torch.equal(b["attention"], ids[part, : 3 + R] > 0)
+        assert torch.equal(b["mask"], mask[part, :R]) and torch.equal(b["adv"], adv[part])
+        assert torch.equal(b["logp"], ids[part, 3 : 3 + R] * 1.0)
+
+
 @pytest.mark.parametrize("cap", [None, 0.7])
 def test_per_token_in_pieces_equals_the_whole_and_so_does_its_gradient(model, cap, monkeypatch):
     """Two tokens at a time, in four of them an odd one left over; Gemma's capped logits too."""

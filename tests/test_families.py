@@ -126,9 +126,9 @@ def logits(model, rows=ROWS):
 
 def ratio_of_trpo(model, parameters, old, batch, args):
     """natural_step, and before it what ppo and grpo print themselves."""
-    everything, mask = torch.arange(len(batch["ids"])), batch["mask"]
+    mask = batch["mask"]
     with torch.no_grad():
-        scaled = trpo.policy_logits(model, "policy", batch, everything, args)
+        scaled = trpo.policy_logits(model, "policy", batch, args)
     logp = trpo.token_logps(scaled, batch["ids"][:, -mask.shape[1] :])
     error = (((logp - batch["logp"]) * mask).exp() - 1).abs().max().item()
     print(f"|ratio - 1| {error},")

@@ -340,11 +340,12 @@ def test_policy_logits_and_surrogate_are_those_of_each_row_alone(policy):
     trpo.move(parameters, old, step)
     for name in ("policy", "old"):
         own = alone(model, batch, logits_alone, name)
-        logits = trpo.policy_logits(model, name, batch, torch.tensor([3, 0]), flags())
+        [(_, two)] = common.micro_batches(batch, torch.tensor([0, 3]), 2)  # the shorter first
+        logits = trpo.policy_logits(model, name, two, flags())
         assert close(logits[0, :2], own[3], 1e-5) and close(logits[1], own[0], 1e-5)
     gain, kl = measure(model, batch)
     assert kl > 1e-4
-    L, logits = trpo.gain_of(model, batch, torch.arange(4), flags())
+    L, logits = trpo.gain_of(model, batch, flags())
     assert L.item() == pytest.approx(gain, rel=1e-4)
     assert close(logits[1, :1], alone(model, batch, logits_alone, "policy")[1], 1e-5)
     for micro in (4, 3):
@@ -359,13 +360,16 @@ def test_move_adds_the_step_to_the_old_policy():
     assert trpo.flatten(old).tolist() == [2.0] * 5
 
 
-@pytest.mark.parametrize("rows, micro, shares", [
-    ([0, 1, 2, 3], 2, [0.5, 0.5]), ([0, 1, 2, 3], 3, [0.8, 0.2]), ([0, 1], 1, [0.8, 0.2]),
+@pytest.mark.parametrize("rows, micro, found", [
+    ([0, 1, 2, 3], 2, [([1, 3], 0.3), ([2, 0], 0.7)]),
+    ([0, 1, 2, 3], 3, [([1, 3, 2], 0.6), ([0], 0.4)]),
+    ([0, 1], 1, [([1], 0.2), ([0], 0.8)]),
 ])
-def test_parts_weigh_by_their_share_of_the_tokens_of_the_rows(rows, micro, shares):
-    found = list(trpo.parts({"mask": MASK}, torch.tensor(rows), flags(micro_batch_size=micro)))
-    assert [share.item() for _, share in found] == pytest.approx(shares)
-    assert torch.cat([part for part, _ in found]).tolist() == rows
+def test_parts_weigh_by_their_share_of_the_tokens_of_the_rows(rows, micro, found):
+    batch = {"mask": MASK, "ids": torch.arange(4).unsqueeze(1).expand(4, 6)}
+    parts = list(trpo.parts(batch, torch.tensor(rows), flags(micro_batch_size=micro)))
+    assert [b["ids"][:, 0].tolist() for b, _ in parts] == [rows for rows, _ in found]
+    assert [share.item() for _, share in parts] == pytest.approx([share for _, share in found])
 
 
 @pytest.mark.parametrize("micro, rows", [(4, 4), (3, 4), (1, 3)])
