@@ -784,13 +784,13 @@ def print_table(title, before, after):
 
 
 def print_ceiling(rows, accuracy):
-    """Prints how often the labeller agrees with a fresh label of its own, where the data rows state
-    how sure it was: always guessing the likelier answer does no better."""
+    """Prints how often always guessing the likelier answer agrees with a fresh label, where the
+    data rows state how sure the labeller was: no judge does better."""
     sure = [row["p_chosen"] for row in rows if row.get("p_chosen") is not None]
     if len(sure) == len(rows):
         ceiling = sum(max(p, 1 - p) for p in sure) / len(sure)
         reached = f"reached: {accuracy / ceiling:.1%}"
-        print(f"{'the labeller agrees':28} {'':10} {ceiling:10.3f}   {reached}")
+        print(f"{'the best possible judge':28} {'':10} {ceiling:10.3f}   {reached}")
 
 
 def plot_curves(out):

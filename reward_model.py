@@ -5,9 +5,9 @@
     (RM.2)  L = -E[ log sigmoid(r_w - r_l - m) ] + c E[ (r_w + r_l)^2 ]
     (RM.3)  accuracy = P(r_w > r_l),  margin = E[r_w - r_l]       on held-out pairs
 
-(RM.1) leaves a constant in r free; the centring term c of (RM.2) holds it near 0 (Eisenstein et
-al. 2023, arXiv:2312.09244, Eq. 2). The model is the SFT model with a scalar head N(0, 1/(d+1))
-that reads the last real token, the EOS. At the start no answer is preferred and L is about ln 2.
+(RM.1) leaves a function of x in r free; the centring term c of (RM.2) holds it near 0 (Eisenstein
+et al. 2023, arXiv:2312.09244, Eq. 2). The model is the SFT model with a scalar head N(0, 1/(d+1))
+that reads the last real token, the EOS. It starts at random, with L near ln 2.
 
 People disagree, so accuracy has a ceiling below 1. Where the data state how sure the labeller was
 (a column `p_chosen`), the ceiling is printed beside the accuracy. Calibration: of the pairs that

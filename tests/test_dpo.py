@@ -294,14 +294,14 @@ def test_a_sample_is_measured_by_what_is_known_of_each_answer(
     assert again == ({k: v for k, v in stats.items() if "score" not in k}, texts, [None] * 6)
 
 
-def test_the_labeller_agrees_with_itself_as_often_as_its_probabilities_say(capsys):
+def test_the_best_judge_agrees_as_often_as_the_probabilities_of_the_labels_say(capsys):
     """0.9 and 1 - 0.3 make a ceiling of 0.8, of which 0.6 is 75%; silent where a row has none."""
     rows = [{"p_chosen": 0.9}, {"p_chosen": 0.3}]
     common.print_ceiling(rows, 0.6)
     last = capsys.readouterr().out.strip().split("\n")[-1]
-    assert last.split() == ["the", "labeller", "agrees", "0.800", "reached:", "75.0%"]
+    assert last.split() == ["the", "best", "possible", "judge", "0.800", "reached:", "75.0%"]
     common.print_ceiling([*rows, {"p_chosen": None}], 0.6)
-    assert "labeller" not in capsys.readouterr().out
+    assert "judge" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------ the loop
