@@ -62,7 +62,7 @@ def group_advantages(rewards, scale="std"):
     standard deviation + 1e-4; "none" subtracts the mean only (Dr. GRPO); "loo" subtracts the mean
     of the other answers (RLOO), which is "none" times G / (G - 1) and does without its bias: an
     answer stands in its own mean. Returns [N, G]; a group without spread has advantage 0.
-    Raises ValueError for a group of one or another scale.
+    Raises ValueError for a group of one answer, or for another scale.
     Source: arXiv:2402.03300, section 4.1.2; arXiv:2503.20783; arXiv:2402.14740."""
     G = rewards.shape[1]
     if G < 2:

@@ -279,7 +279,7 @@ def main(argv=None):
         rewards = kl_shaped_rewards(batch["score"], batch["logp"], batch["logp_ref"], mask, beta)
         adv, ret = gae(rewards, values, mask, args.gamma, args.lam)
         batch |= {"adv": whiten(adv, mask), "ret": ret}
-        # 3. K epochs on policy and critic, small ones while the critic learns to read half answers
+        # 3. K epochs on policy and critic, at a small rate until the critic can read half answers
         lr = common.learning_rate(step, args.steps, args.lr, args.warmup)
         optimizer.param_groups[0]["lr"] = lr
         stats = update(model, parameters, optimizer, batch, args)

@@ -20,12 +20,12 @@ with the Fisher matrix F as its Hessian, so that the best step has the direction
                                                          risen and D <= 1.5 delta, else none
     (TRPO.11)  L_V = mean 1/2 (V - G)^2                  the critic, by gradient descent
 
-F has as many rows as LoRA has parameters, of which at most tokens times (vocabulary - 1) are
-independent; with B = 0 all its rows for A are zero. So F is singular, and where it is taken on a
-part of the batch (--fisher-rows), F s = g has no solution: hence the damping. The length of the
-step, in which damping has no part, is measured on the whole batch.
+F has as many rows as LoRA has parameters. A change of A that B takes back changes no probability;
+with B = 0 all rows for A are zero. So F is singular, and where it is taken on a part of the batch
+(--fisher-rows), F s = g has no solution: hence the damping. The length of the step, in which
+damping has no part, is measured on the whole batch.
 
-delta is per token. An answer of T tokens may move by about T delta in a step; both are printed. The
+delta is per token. An answer of n tokens may move by about n delta in a step; both are printed. The
 paper's bound on how far L may be from the truth has the factor gamma / (1 - gamma)^2: at gamma = 1
 it says nothing. For answers of at most H tokens the same argument ends at H (H - 1) max|A| max D.
 
