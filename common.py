@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import lora
 
 TINY = Path(__file__).parent / "tiny"
+TEMPERATURE = 0.5, 0.7  # with --model tiny, else
 LOGITS = 2**25  # how many logits are held at once: 128 MB of fp32
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
@@ -101,13 +102,22 @@ def sampling_flags(p):
     add = p.add_argument
     add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
     add("--max-new-tokens", type=whole, default=96, help="of a response (96)")
-    add("--temperature", type=amount, default=0.7, help="of sampling and log-probabilities (0.7)")
+    add("--temperature", type=amount, default=TEMPERATURE,
+        help="of sampling and log-probabilities (tiny: 0.5, else 0.7)")
     add("--missing-eos-score", type=float, default=-3.0, help="if it does not stop (-3)")
+
+
+def by_model(args):
+    """Settles the defaults that are a pair: (with --model tiny, else)."""
+    for flag, value in vars(args).items():
+        if isinstance(value, tuple):
+            setattr(args, flag, value[args.model != "tiny"])
+    return args
 
 
 def defaults(args, adapter, data):
     """Fills in --adapter, --data and --reward: with --model tiny the shipped ones, else none."""
-    tiny = args.model == "tiny"
+    tiny = by_model(args).model == "tiny"
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib")
     if args.adapter is None and tiny and adapter:
@@ -121,7 +131,6 @@ def defaults(args, adapter, data):
         args.reward = str(TINY / "reward_model")
     if "temperature" in args and args.temperature == 0:
         fail("--temperature must be above 0: log-probabilities are taken at it too")
-    args.lr = args.lr[0 if tiny else 1] if isinstance(args.lr, tuple) else args.lr
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
     if args.batch_size % args.micro_batch_size:
         fail(f"--batch-size {args.batch_size} is not a multiple of "
@@ -835,13 +844,14 @@ def parse_args(argv=None):
     p.add_argument("--adapter", help="folder of an adapter (none: the bare base)")
     p.add_argument("--prompt", required=True)
     p.add_argument("--max-new-tokens", type=whole, default=128, help="tokens (128)")
-    p.add_argument("--temperature", type=amount, default=0.7, help="0: the likeliest token (0.7)")
+    p.add_argument("--temperature", type=amount, default=TEMPERATURE,
+                   help="0: the likeliest token (tiny: 0.5, else 0.7)")
     p.add_argument("--seed", type=seed, default=0, help="of the sampling (0)")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
     p.add_argument("--trust-remote-code", action="store_true")
     p.set_defaults(max_length=1024)
-    return p.parse_args(argv)
+    return by_model(p.parse_args(argv))
 
 
 def main(argv=None):

@@ -100,7 +100,7 @@ def parse_args(argv=None):
     add("--collect", type=common.whole, metavar="N",
         help="pairs that the file --out (collected.jsonl) is to hold; --data: the prompts")
     add("--max-new-tokens", type=common.whole, default=96, help="of an answer to judge (96)")
-    add("--temperature", type=common.amount, default=0.7, help="of the sampling (0.7)")
+    add("--temperature", type=common.amount, default=0.7, help="of their sampling (0.7)")
     args = p.parse_args(argv)
     if not args.collect:
         args.max_new_tokens = 0  # training samples nothing and needs no room for it

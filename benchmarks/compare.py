@@ -4,10 +4,9 @@
     python benchmarks/compare.py --table    trains nothing: the table of what has run so far
     python benchmarks/compare.py --quick    14 steps, one seed, one --beta: to see that it works
 
-All start from tiny/sft and look at the same number of answers: 2400, in 200 steps of 12 or (grpo,
-which needs groups) 100 steps of 24; dpo at 2400 labelled pairs. Three seeds with default flags, then
-seed 0 with a lower and a higher --beta, then one PPO run without a KL penalty that goes on for too
-long. Every policy is judged from outside by
+All start from tiny/sft and look at the same number of answers: 3200, in 200 steps of 16; dpo at 3200
+labelled pairs. Three seeds with default flags, then seed 0 with a lower and a higher --beta, then
+one PPO run without a KL penalty that goes on for too long. Every policy is judged from outside by
 tiny/judge.py, on held-out prompts: by the reward model it was trained on (score) and by the hidden
 preference it never saw (gold).
 
@@ -48,9 +47,8 @@ def plan(args):
         runs |= {f"{script}-beta{beta:g}": [f"{script}.py", "--beta", str(beta)]
                  for script in SCRIPTS for beta in BETAS[script]}
     for argv in runs.values():
-        share = 2 if argv[0] == "grpo.py" else 1
-        argv += ["--steps", str(steps // share), "--batch-size", str(12 * share)]
-    runs["ppo-long"] = ["ppo.py", "--beta", "0", "--steps", str(2 * steps), "--batch-size", "12",
+        argv += ["--steps", str(steps)]
+    runs["ppo-long"] = ["ppo.py", "--beta", "0", "--steps", str(2 * steps),
                         "--lr", "3e-3", "--save-every", str(steps // 5 or 1)]
     return runs
 
