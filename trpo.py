@@ -340,7 +340,7 @@ def fit_critic(model, parameters, optimizer, batch, args):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=16, lr=(1e-3, 3e-5))
+    p = common.flags(__doc__, steps=200, batch_size=16, lr=(2e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
     common.sampling_flags(p)
     add("--beta", type=amount, default=0.05, help="KL weight, units of score per nat (0.05)")
@@ -349,7 +349,7 @@ def parse_args(argv=None):
     add("--damping", type=amount, default=0.1, help="added to F (0.1)")
     add("--fisher-rows", type=whole, default=4, help="rows of the batch that F is taken on (4)")
     add("--backtracks", type=whole, default=10, help="trials of the line search (10)")
-    add("--ppo-epochs", type=whole, default=4, help="passes of the critic over a batch (4)")
+    add("--ppo-epochs", type=whole, default=2, help="passes of the critic over a batch (2)")
     add("--gamma", type=amount, default=1.0, help="discount (1)")
     add("--lam", type=amount, default=0.95, help="lambda of GAE (0.95)")
     args = p.parse_args(argv)
