@@ -412,7 +412,7 @@ def micro_batches(batch, rows, size):
         R = int(length[part].max())
         ends = {"ids": P + R, "attention": P + R}
         yield part, {
-            key: x[part, : ends.get(key, R)] if x.dim() == 2 else x[part]
+            key: x[part, : ends.get(key, R)] if x.dim() > 1 else x[part]
             for key, x in batch.items() if torch.is_tensor(x)}
 
 

@@ -201,10 +201,13 @@ def rollout(model, tokenizer, rows, reward, generator, args):
             model, prompts, stop, args.max_new_tokens, args.temperature, generator)
     batch = dict(ids=ids, attention=attention, mask=mask)
     batch |= {key: torch.zeros_like(mask) for key in ("logp", "logp_ref", "values", "entropy")}
+    head = model.get_output_embeddings().weight  # [V, d]
+    batch["states_old"] = head.new_zeros(*mask.shape, head.shape[1])
     entropies = partial(token_entropy, temperature=args.temperature)
     for part, b in common.micro_batches(batch, torch.arange(len(ids)), args.micro_batch_size):
         R = b["mask"].shape[1]
         batch["logp"][part, :R], states = response_logps(model, "policy", b, args)
+        batch["states_old"][part, :R] = states
         batch["entropy"][part, :R] = common.per_token(model, states, entropies)
         reference = "reference" if args.adapter else None
         batch["logp_ref"][part, :R], _ = response_logps(model, reference, b, args)
@@ -223,16 +226,16 @@ def rollout(model, tokenizer, rows, reward, generator, args):
     return batch | dict(score=score, responses=responses, stats=stats)
 
 
-def policy_logits(model, name, b, args):
-    """Logits [rows, R, V] of adapter `name`, divided by the temperature."""
-    with lora.use_adapter(model, name):
+def policy_logits(model, b, args):
+    """Logits [rows, R, V] of the policy as it stands, divided by the temperature."""
+    with lora.use_adapter(model, "policy"):
         states = common.response_states(model, b["ids"], b["attention"], b["mask"].shape[1])
     return common.logits_of(model, states).float() / args.temperature
 
 
 def gain_of(model, b, args):
     """The surrogate (TRPO.5) of some rows, and the logits it comes from."""
-    logits = policy_logits(model, "policy", b, args)
+    logits = policy_logits(model, b, args)
     logp = token_logps(logits, b["ids"][:, -logits.shape[1] :])
     return surrogate(logp, b["logp"], b["adv"], b["mask"]), logits
 
@@ -248,7 +251,7 @@ def kl_graphs(model, batch, rows, args):
     summed. The usual attention kernels cannot be differentiated twice, MATH can."""
     for b, share in parts(batch, rows, args):
         with sdpa_kernel(SDPBackend.MATH):
-            logits = policy_logits(model, "policy", b, args)
+            logits = policy_logits(model, b, args)
         yield share * mean_kl(logits.detach(), logits, b["mask"])
 
 
@@ -262,12 +265,12 @@ def move(parameters, old, step):
 
 @torch.no_grad()
 def gain_and_kl(model, batch, args):
-    """L (TRPO.5) and D (TRPO.6) of the policy as it stands, on the whole batch; the adapter "old"
-    holds theta_old."""
+    """L (TRPO.5) and D (TRPO.6) of the policy as it stands, on the whole batch. Of theta_old the
+    rollout kept the states, which are small beside their logits."""
     gain = kl = 0.0
     for b, share in parts(batch, torch.arange(len(batch["ids"])), args):
         part_gain, logits = gain_of(model, b, args)
-        logits_old = policy_logits(model, "old", b, args)
+        logits_old = common.logits_of(model, b["states_old"]).float() / args.temperature
         gain += (share * part_gain).item()
         kl += (share * mean_kl(logits_old, logits, b["mask"])).item()
     return gain, kl
@@ -275,7 +278,7 @@ def gain_and_kl(model, batch, args):
 
 def natural_step(model, parameters, old, batch, args):
     """The longest step along the natural gradient inside the trust region, a vector, and |g|.
-    `old`, the parameters of the adapter "old", must hold theta_old; the policy is not moved.
+    `old`, tensors like the parameters, must hold theta_old; the policy is not moved.
 
     s comes from F on --fisher-rows rows. To these rows directions look free that move others, so
     s F s is measured on the whole batch, by trial steps e s: D is about 1/2 e^2 s F s. The first is
@@ -388,9 +391,7 @@ def main(argv=None):
     before = evaluate()
     common.start_run(out, args)
     common.save_samples(out, 0, test, before["responses"], before["score"].tolist())
-    lora.copy_adapter(model, "policy", "old")
-    parameters, old, critic = (
-        lora.adapter_parameters(model, name) for name in ("policy", "old", "critic"))
+    parameters, critic = (lora.adapter_parameters(model, name) for name in ("policy", "critic"))
     optimizer = torch.optim.AdamW(critic, lr=args.lr, eps=1e-5, weight_decay=0.0)
     generator = torch.Generator(model.device).manual_seed(args.seed)
     order = common.batches(len(train), args.batch_size, args.seed)
@@ -407,8 +408,7 @@ def main(argv=None):
         adv, ret = gae(rewards, values, mask, args.gamma, args.lam)
         batch |= {"adv": whiten(adv, mask), "ret": ret}
         # 3. the policy: natural gradient, then a step inside the trust region
-        for was, p in zip(old, parameters):
-            was.copy_(p.detach())
+        old = [p.detach().clone() for p in parameters]
         full, norm = natural_step(model, parameters, old, batch, args)
         gain, kl, backtracks = line_search(model, parameters, old, full, batch, args)
         # 4. the critic: gradient descent

@@ -128,7 +128,7 @@ def ratio_of_trpo(model, parameters, old, batch, args):
     """natural_step, and before it what ppo and grpo print themselves."""
     mask = batch["mask"]
     with torch.no_grad():
-        scaled = trpo.policy_logits(model, "policy", batch, args)
+        scaled = trpo.policy_logits(model, batch, args)
     logp = trpo.token_logps(scaled, batch["ids"][:, -mask.shape[1] :])
     error = (((logp - batch["logp"]) * mask).exp() - 1).abs().max().item()
     print(f"|ratio - 1| {error},")
