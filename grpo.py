@@ -215,10 +215,10 @@ def update(model, parameters, optimizer, batch, args):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=16, lr=(2e-3, 3e-5))
+    p = common.flags(__doc__, steps=200, batch_size=20, lr=(2e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
     common.sampling_flags(p)
-    add("--group-size", type=whole, default=4, help="G, answers a prompt; divides the batch (4)")
+    add("--group-size", type=whole, default=5, help="G, answers a prompt; divides the batch (5)")
     add("--adv", default="std", choices=["std", "none", "loo"], help="advantages (std)")
     add("--loss", default="grpo", choices=["grpo", "dapo", "dr_grpo", "gspo"], help="(grpo)")
     add("--clip-low", type=amount, default=0.2, help="eps_low of the ratio (0.2; gspo: try 3e-4)")
@@ -228,6 +228,7 @@ def parse_args(argv=None):
     add("--kl", default="k3", choices=["k3", "k3-corrected", "k2"], help="in the loss (k3)")
     add("--ppo-epochs", type=whole, default=1, help="passes over a rollout batch (1)")
     add("--minibatches", type=whole, default=1, help="updates a pass (1)")
+    add("--warmup", type=amount, default=0.1, help="share of the steps (0.1)")
     args = p.parse_args(argv)
     common.defaults(args, adapter="sft", data="prompts.jsonl")
     if not args.reward:
@@ -282,7 +283,7 @@ def main(argv=None):
         groups = rewards.view(-1, G)
         batch["adv"] = group_advantages(groups, args.adv).flatten()
         # 3. K epochs on the policy
-        lr = common.learning_rate(step, args.steps, args.lr)
+        lr = common.learning_rate(step, args.steps, args.lr, args.warmup)
         optimizer.param_groups[0]["lr"] = lr
         stats = update(model, parameters, optimizer, batch, args)
         # 4. measure
