@@ -330,6 +330,7 @@ def test_each_step_has_the_gradient_of_its_whole_batch_against_the_first_policy(
     """At step 0, and at step 1, when the policy has moved away from what it is measured against."""
     model, out, flags = with_adapters(kind), tmp_path / "run", (
         "--adapter none --steps 2 --batch-size 3 --beta 0.3 --max-length 120 --max-new-tokens 2 "
+        "--temperature 0.7 "
         f"--seed 5 --device cpu --micro-batch-size {micro} --reward")
     monkeypatch.setattr(common, "load_data", lambda *_: (ROWS, ROWS[:2]))
     monkeypatch.setattr(common, "load_model", lambda args: (model, Letters()))
