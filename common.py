@@ -441,6 +441,15 @@ def per_token(model, states, function, *given):
         states.shape[:2])
 
 
+def response_logps(model, name, b, logps):
+    """logps(logits, ids) of the answers in some rows b of a rollout, under adapter `name`, and the
+    states that the logits come from: [rows, R] and [rows, R, d]."""
+    R = b["mask"].shape[1]
+    with lora.use_adapter(model, name):
+        states = response_states(model, b["ids"], b["attention"], R)
+    return per_token(model, states, logps, b["ids"][:, -R:]), states
+
+
 def response_values(model, name, ids, attention, R):
     """V_t [B, R] by the head of adapter `name`, read at the state before each of the R tokens."""
     with lora.use_adapter(model, name):

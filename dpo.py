@@ -110,15 +110,14 @@ def sample(model, tokenizer, rows, reward, args):
     with lora.use_adapter(model, "policy"):
         ids, attention, mask = common.sample(
             model, prompts, stop, args.max_new_tokens, args.temperature, generator)
-    R, sums = mask.shape[1], []
-    y, logps = ids[:, -R:], partial(token_logps, temperature=args.temperature)
+    batch, sums = dict(ids=ids, attention=attention, mask=mask), []
+    y, logps = ids[:, -mask.shape[1] :], partial(token_logps, temperature=args.temperature)
     for name in ("policy", "reference" if args.adapter else None):
-        found = []
-        for part in torch.arange(len(ids)).split(args.micro_batch_size):
-            with lora.use_adapter(model, name):
-                states = common.response_states(model, ids[part], attention[part], R)
-            found.append(common.per_token(model, states, logps, y[part]))
-        sums.append((torch.cat(found) * mask).sum(1))
+        logp = torch.zeros_like(mask)
+        for part, b in common.micro_batches(batch, torch.arange(len(ids)), args.micro_batch_size):
+            R = b["mask"].shape[1]
+            logp[part, :R], _ = common.response_logps(model, name, b, logps)
+        sums.append((logp * mask).sum(1))
     policy, reference = sums
     responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
     stats = {"kl": (policy - reference).mean().item(),

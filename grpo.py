@@ -136,15 +136,6 @@ def token_entropy(logits, temperature=1.0):
 # ------------------------------------------------------------------------------ rollout
 
 
-def response_logps(model, name, b, args):
-    """(log pi of the sampled tokens by adapter `name` [rows, R], the states they come from)."""
-    R = b["mask"].shape[1]
-    with lora.use_adapter(model, name):
-        states = common.response_states(model, b["ids"], b["attention"], R)
-    logps = partial(token_logps, temperature=args.temperature)
-    return common.per_token(model, states, logps, b["ids"][:, -R:]), states
-
-
 @torch.no_grad()
 def rollout(model, tokenizer, rows, G, reward, generator, args):
     """G responses to each row's prompt, with all that does not change during the update.
@@ -159,13 +150,14 @@ def rollout(model, tokenizer, rows, G, reward, generator, args):
     rows = [row for row in rows for _ in range(G)]
     batch = dict(ids=ids, attention=attention, mask=mask)
     batch |= {key: torch.zeros_like(mask) for key in ("logp", "logp_ref", "entropy")}
-    entropies = partial(token_entropy, temperature=args.temperature)
+    logps, entropies = (
+        partial(f, temperature=args.temperature) for f in (token_logps, token_entropy))
+    reference = "reference" if args.adapter else None
     for part, b in common.micro_batches(batch, torch.arange(len(ids)), args.micro_batch_size):
         R = b["mask"].shape[1]
-        batch["logp"][part, :R], states = response_logps(model, "policy", b, args)
+        batch["logp"][part, :R], states = common.response_logps(model, "policy", b, logps)
         batch["entropy"][part, :R] = common.per_token(model, states, entropies)
-        reference = "reference" if args.adapter else None
-        batch["logp_ref"][part, :R], _ = response_logps(model, reference, b, args)
+        batch["logp_ref"][part, :R], _ = common.response_logps(model, reference, b, logps)
     y = ids[:, -mask.shape[1] :]
     responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
     score = reward(ids, attention, [r["prompt"] for r in rows], responses, rows)
@@ -182,11 +174,12 @@ def rollout(model, tokenizer, rows, G, reward, generator, args):
 def update(model, parameters, optimizer, batch, args):
     """--ppo-epochs passes over the batch; returns statistics averaged over all minibatches."""
     mask, seen, beta = batch["mask"], [], args.beta if args.kl_in == "loss" else 0.0
+    logps = partial(token_logps, temperature=args.temperature)
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(len(mask)).chunk(args.minibatches):
             stats = Counter(ratio_max=0.0, ratio_error=0.0)
             for part, b in common.micro_batches(batch, rows, args.micro_batch_size):
-                logp, _ = response_logps(model, "policy", b, args)
+                logp, _ = common.response_logps(model, "policy", b, logps)
                 m, old = b["mask"], b["logp"]
                 loss = grpo_loss(logp, old, b["logp_ref"], b["adv"], m, args.clip_low,
                                  args.clip_high, beta, args.loss, args.max_new_tokens, args.kl)

@@ -179,15 +179,6 @@ def explained_variance(values, ret, mask):
 # ------------------------------------------------------------------------------ rollout
 
 
-def response_logps(model, name, b, args):
-    """(log pi of the sampled tokens by adapter `name` [rows, R], the states they come from)."""
-    R = b["mask"].shape[1]
-    with lora.use_adapter(model, name):
-        states = common.response_states(model, b["ids"], b["attention"], R)
-    logps = partial(token_logps, temperature=args.temperature)
-    return common.per_token(model, states, logps, b["ids"][:, -R:]), states
-
-
 @torch.no_grad()
 def rollout(model, tokenizer, rows, reward, generator, args):
     """One response to each row's prompt, with all that does not change during the update.
@@ -203,14 +194,15 @@ def rollout(model, tokenizer, rows, reward, generator, args):
     batch |= {key: torch.zeros_like(mask) for key in ("logp", "logp_ref", "values", "entropy")}
     head = model.get_output_embeddings().weight  # [V, d]
     batch["states_old"] = head.new_zeros(*mask.shape, head.shape[1])
-    entropies = partial(token_entropy, temperature=args.temperature)
+    logps, entropies = (
+        partial(f, temperature=args.temperature) for f in (token_logps, token_entropy))
+    reference = "reference" if args.adapter else None
     for part, b in common.micro_batches(batch, torch.arange(len(ids)), args.micro_batch_size):
         R = b["mask"].shape[1]
-        batch["logp"][part, :R], states = response_logps(model, "policy", b, args)
+        batch["logp"][part, :R], states = common.response_logps(model, "policy", b, logps)
         batch["states_old"][part, :R] = states
         batch["entropy"][part, :R] = common.per_token(model, states, entropies)
-        reference = "reference" if args.adapter else None
-        batch["logp_ref"][part, :R], _ = response_logps(model, reference, b, args)
+        batch["logp_ref"][part, :R], _ = common.response_logps(model, reference, b, logps)
         values = common.response_values(model, "critic", b["ids"], b["attention"], R)
         batch["values"][part, :R] = values * b["mask"]
     y = ids[:, -mask.shape[1] :]

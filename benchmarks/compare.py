@@ -5,10 +5,10 @@
     python benchmarks/compare.py --quick    14 steps, one seed, one --beta: to see that it works
 
 All start from tiny/sft and look at 3200 answers, in 200 steps of 16, dpo at as many labelled pairs;
-grpo, which has no critic to pass, at 4000 in steps of 20. Three seeds with default flags, then seed 0 with a lower and a higher --beta, then
-one PPO run without a KL penalty that goes on for too long. Every policy is judged from outside by
-tiny/judge.py, on held-out prompts: by the reward model it was trained on (score) and by the hidden
-preference it never saw (gold).
+grpo, which has no critic to pass, at 4000 in steps of 20. Three seeds with default flags, then seed
+0 with a lower and a higher --beta, then one PPO run without a KL penalty that goes on for too long.
+Every policy is judged from outside by tiny/judge.py, on held-out prompts: by the reward model it
+was trained on (score) and by the hidden preference it never saw (gold).
 
 Runs go to runs/compare, the table to benchmarks/compare.md, the numbers to benchmarks/compare.json;
 `python docs/draw.py --record curves` draws them. --jobs runs train at a time, each on one thread;
@@ -108,7 +108,7 @@ def table(results, best):
     for script in SCRIPTS:
         seeds = [r for name, r in results.items() if name.startswith(f"{script}-seed")]
         if seeds:
-            rows.append((script.upper(),
+            rows.append((script.upper(),  # a run judged by hand has no memory
                          *(spread([r[c] for r in seeds if c in r]) for c in COLUMNS)))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 

@@ -139,13 +139,13 @@ def record_trust_region(around=48, side=9):
     the plane through theta_old that holds both, where the KL is that and a quarter of it, and the
     surrogate: all by evaluation."""
     args, model, tokenizer, reward = start(trpo, "--batch-size", "8", "--fisher-rows", "8")
-    lora.copy_adapter(model, "policy", "old")
     train, _ = common.load_data(args.data, ["prompt"])
     rows = [train[i] for i in next(common.batches(len(train), args.batch_size, args.seed))]
     generator = torch.Generator().manual_seed(args.seed)
     batch = collect(trpo, rows, model, tokenizer, reward, generator, args)
-    parameters, old = (lora.adapter_parameters(model, name) for name in ("policy", "old"))
-    gain, _ = trpo.gain_of(model, batch, torch.arange(len(rows)), args)
+    parameters = lora.adapter_parameters(model, "policy")
+    old = [p.detach().clone() for p in parameters]
+    gain, _ = trpo.gain_of(model, batch, args)
     g = trpo.flatten(torch.autograd.grad(gain, parameters))
     natural, _ = trpo.natural_step(model, parameters, old, batch, args)
     along, size = g / g.norm(), natural.norm().item()
