@@ -88,6 +88,15 @@ def test_every_test_that_the_mistakes_name_exists():
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
 
 
+def test_every_right_line_of_the_mistakes_stands_in_the_code():
+    code = "".join("".join(path.read_text().split()) for path in ROOT.glob("*.py"))
+    blocks = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "mistakes.md").read_text(), re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("+ ")]
+    assert len(lines) > 60
+    for line in lines:
+        assert "".join(line[2:].partition("  #")[0].split()) in code, line
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.endswith(".md")])
 def test_every_link_leads_to_a_file(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / page).read_text()):
