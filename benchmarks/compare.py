@@ -49,7 +49,7 @@ def plan(args):
     for argv in runs.values():
         argv += ["--steps", str(steps)]
     runs["ppo-long"] = ["ppo.py", "--beta", "0", "--steps", str(2 * steps),
-                        "--lr", "3e-3", "--save-every", str(steps // 5 or 1)]
+                        "--save-every", str(steps // 10 or 1)]
     return runs
 
 

@@ -495,12 +495,12 @@ def draw_trust_region(record):
     """Contours of the exact KL and of the surrogate on a plane; two steps to the same KL."""
     figure, axes = plt.subplots(figsize=(9, 4.8))
     ticks, delta, gain = record["ticks"], record["max_kl"], record["gain"]
-    lines = axes.contour(ticks, ticks, gain, 8, colors=GREY, linewidths=0.9, linestyles=":")
+    lines = axes.contour(ticks, ticks, gain, 5, colors=GREY, linewidths=0.9, linestyles=":")
     for level in lines.levels:  # named where the contour meets the upper edge
         for x, after, low, high in zip(ticks, ticks[1:], gain[-1], gain[-1][1:]):
             if low <= level < high:
                 axes.text(x + (after - x) * (level - low) / (high - low), 1.03 * ticks[-1],
-                          minus(f"{level:+.2f}") if level else "0", ha="center", fontsize=8)
+                          minus(f"{level:+.3g}") if level else "0", ha="center", fontsize=8)
     steps = record["steps"]
     for name, label, colour in (("natural", "natural gradient", PLUS),
                                 ("gradient", "plain gradient", MINUS)):
@@ -615,6 +615,15 @@ def draw_learning_curves(record, comparison):
     return figure
 
 
+def kl_axis(axes, title):
+    """KL to the right, even up to 1 and logarithmic from there on: runs lie between 0 and 100s."""
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=-0.1)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="KL to the SFT model, nats an answer", title=title)
+    axes.grid()
+
+
 def draw_frontier(comparison):
     """Score and gold against the KL paid for them: seeds, and a line through the --betas."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2))
@@ -632,8 +641,7 @@ def draw_frontier(comparison):
             axes.plot(*zip(*others), "s", color=colour, markersize=4) if others else None
             axes.plot([run["KL"] for run in found], [run[key] for run in found], "o",
                       color=colour, markersize=5, label=script.upper())
-        axes.set(xlabel="KL to the SFT model, nats an answer", title=key)
-        axes.grid()
+        kl_axis(axes, key)
     panels[0].plot([], [], "s-", color=GREY, markersize=4, linewidth=1.2, label="another --beta")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=6)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
@@ -653,8 +661,7 @@ def draw_overoptimisation(comparison):
             axes.axvline(peak["KL"], color=GREY, linewidth=1, dashes=(3, 2))
             axes.annotate("gold is highest", (peak["KL"], 0.06), (5, 0), fontsize=9,
                           xycoords=("data", "axes fraction"), textcoords="offset points")
-        axes.set(xlabel="KL to the SFT model, nats an answer", title=title)
-        axes.grid()
+        kl_axis(axes, title)
     figure.tight_layout()
     return figure
 
