@@ -5,7 +5,7 @@
 A Llama of 2 layers and width 64 with a vocabulary of 150,000: everything but the logits is small.
 "pieces" is what the scripts do (common.per_token); "whole" makes the logits [B, R, V] at once, as
 the textbook writes it. Each number is the peak of a process of its own above that of one which
-holds the model and makes no logits. About two minutes.
+holds the model and makes no logits. About three minutes.
 """
 
 import resource
