@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import random
@@ -732,6 +733,10 @@ def function_reward(spec):
     function = getattr(module, name, None)
     if not callable(function):
         fail(f"--reward {file} has no function {name}")
+    try:
+        inspect.signature(function).bind("prompts", "responses", "rows")
+    except TypeError as problem:
+        fail(f"--reward {spec} must take (prompts, responses, rows): {problem}")
 
     def reward(ids, attention, prompts, responses, rows):
         scores = function([show(p) for p in prompts], responses, rows)

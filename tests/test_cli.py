@@ -238,6 +238,7 @@ def nan(prompts, responses, rows): return [math.nan] * len(responses)
 def infinite(prompts, responses, rows): return [math.inf] * len(responses)
 def strings(prompts, responses, rows): return ["good"] * len(responses)
 def nothing(prompts, responses, rows): pass
+def two(prompts, responses): return [1.0] * len(responses)
 constant = 3
 """
 
@@ -245,7 +246,7 @@ constant = 3
 @pytest.mark.parametrize("function, says", [
     ("count", "3 scores for 2"), ("none_at_all", "0 scores for 2"), ("nan", "nan"),
     ("infinite", "inf"), ("strings", "numbers"), ("nothing", "numbers"),
-    ("missing", "missing"), ("constant", "constant"), ("", "function"),
+    ("two", "(prompts, responses, rows)"), ("missing", "missing"), ("constant", "constant"), ("", "function"),
 ])
 def test_a_bad_reward_function_is_named(function, says, capsys, house):
     Path("r.py").write_text(REWARD)
