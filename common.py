@@ -14,6 +14,7 @@ import json
 import math
 import random
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -61,6 +62,20 @@ def amount(text):
     return float(text)
 
 
+def share(text):
+    """argparse type: a number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def finite(text):
+    """argparse type: a number that is not nan and not infinite."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return float(text)
+
+
 def seed(text):
     """argparse type: an integer that numpy takes as a seed."""
     if not 0 <= int(text) < 2**32:
@@ -86,7 +101,7 @@ def flags(doc, steps, batch_size, lr):
     add("--seed", type=seed, default=0, help="of everything random (0)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda")
-    add("--lora-rank", type=whole, default=16, help="r of a new adapter (16)")
+    add("--lora-rank", type=whole, default=16, help="r of a new adapter, so without --adapter (16)")
     add("--lora-alpha", type=amount, default=32.0, help="alpha of a new adapter (32)")
     add("--lora-targets", default="auto", help="comma-separated; all-linear; auto: query, value")
     add("--max-length", type=whole, default=1024, help="tokens of prompt + response (1024)")
@@ -105,7 +120,7 @@ def sampling_flags(p):
     add("--max-new-tokens", type=whole, default=96, help="of a response (96)")
     add("--temperature", type=amount, default=TEMPERATURE,
         help="of sampling and log-probabilities (tiny: 0.5, else 0.7)")
-    add("--missing-eos-score", type=float, default=-3.0, help="if it does not stop (-3)")
+    add("--missing-eos-score", type=finite, default=-3.0, help="if it does not stop (-3)")
 
 
 def by_model(args):
@@ -178,6 +193,8 @@ def load_pretrained(auto, name, args, dtype, **extra):
         extra |= dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
         if "gguf_file" in extra:  # unpacked: plain layers, which take an adapter and are merged
             extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if str(name).startswith(("runs/", "tiny/", ".", "/", "~")) and not Path(name).exists():
+        fail(f"{given}: no such folder")  # and no hub id: nothing is looked for there
     try:
         loaded = auto.from_pretrained(name, **extra)
     except Exception as problem:  # transformers, safetensors and the hub each raise their own kinds
@@ -273,7 +290,11 @@ def adapter_base(folder):
 def start_adapter(model, name, args):
     """Adds the trainable adapter `name`: --adapter if given, else a new one of the LoRA flags."""
     if args.adapter:
-        return load_adapter(model, name, args.adapter, trainable=True)
+        load_adapter(model, name, args.adapter, trainable=True)
+        if name == "policy" and name in getattr(model, "heads", {}):
+            fail(f"--adapter {args.adapter} is a reward model; give what sft.py or a script after "
+                 "it wrote")
+        return
     targets = args.lora_targets
     if targets == "auto":
         leaves = {path.rpartition(".")[2] for path, _ in model.named_modules()}
@@ -603,6 +624,8 @@ def read_data(spec):
     builder = builders.get(path.suffix)
     if builder and not path.is_file():
         fail(f"--data {spec}: no such file")
+    if builder and not path.stat().st_size:
+        fail(f"--data {spec} is empty")
     try:
         if builder:
             datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
@@ -685,6 +708,8 @@ def load_reward(spec, model, tokenizer, args):
     (AutoModelForSequenceClassification) and its own tokenizer; file.py:function sees the texts."""
     if ".py:" in spec:
         return function_reward(spec)
+    if spec.endswith(".py"):
+        fail(f"--reward {spec} names no function; write {spec}:function")
     config = Path(spec) / "adapter_config.json"
     if config.is_file():
         base = adapter_base(spec)
@@ -769,7 +794,8 @@ def free_folder(args, script):
 
 
 def start_run(out, args):
-    """Makes the folder of the run and writes config.json: all flags, and the versions."""
+    """Makes the folder of the run and writes config.json: all flags, and the versions. From here on
+    Ctrl-C ends in one line that names the folder."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -777,6 +803,12 @@ def start_run(out, args):
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     config = {**vars(args), "python": sys.version.split()[0], **versions}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def stop(*_):
+        print(file=sys.stderr)  # below the progress bar
+        fail(f"interrupted; {out} keeps metrics and samples, but adapters only with --save-every")
+
+    signal.signal(signal.SIGINT, stop)
 
 
 def save_samples(out, step, rows, responses, scores):

@@ -140,7 +140,7 @@ def parse_args(argv=None):
     add("--beta", type=amount, default=0.4, help="KL weight, units of reward per nat (0.4)")
     add("--loss", default="sigmoid", choices=["sigmoid", "ipo"], help="(sigmoid)")
     add("--label-smoothing", type=amount, default=0.0, help="share of flipped labels (0)")
-    add("--warmup", type=amount, default=0.05, help="share of the steps (0.05)")
+    add("--warmup", type=common.share, default=0.05, help="share of the steps (0.05)")
     args = p.parse_args(argv)
     common.defaults(args, adapter="sft", data="preferences.jsonl")
     if args.beta == 0:

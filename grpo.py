@@ -221,7 +221,7 @@ def parse_args(argv=None):
     add("--kl", default="k3", choices=["k3", "k3-corrected", "k2"], help="in the loss (k3)")
     add("--ppo-epochs", type=whole, default=1, help="passes over a rollout batch (1)")
     add("--minibatches", type=whole, default=1, help="updates a pass (1)")
-    add("--warmup", type=amount, default=0.1, help="share of the steps (0.1)")
+    add("--warmup", type=common.share, default=0.1, help="share of the steps (0.1)")
     args = p.parse_args(argv)
     common.defaults(args, adapter="sft", data="prompts.jsonl")
     if not args.reward:

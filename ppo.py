@@ -215,9 +215,9 @@ def parse_args(argv=None):
     add("--clip", type=amount, default=0.2, help="eps of the ratio (0.2)")
     add("--value-clip", type=amount, default=1.0, help="eps of the values, in units of score (1)")
     add("--value-coef", type=amount, default=0.1, help="weight of the value loss (0.1)")
-    add("--warmup", type=amount, default=0.1, help="share of the steps (0.1)")
-    add("--gamma", type=amount, default=1.0, help="discount (1)")
-    add("--lam", type=amount, default=0.95, help="lambda of GAE (0.95)")
+    add("--warmup", type=common.share, default=0.1, help="share of the steps (0.1)")
+    add("--gamma", type=common.share, default=1.0, help="discount (1)")
+    add("--lam", type=common.share, default=0.95, help="lambda of GAE (0.95)")
     args = p.parse_args(argv)
     common.defaults(args, adapter="sft", data="prompts.jsonl")
     if not args.reward:

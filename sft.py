@@ -98,7 +98,7 @@ def evaluate(model, name, tokenizer, rows, pairs, args):
 
 def parse_args(argv=None):
     p = common.flags(__doc__, steps=250, batch_size=32, lr=(3e-3, 2e-4))
-    p.add_argument("--warmup", type=common.amount, default=0.05, help="share of the steps (0.05)")
+    p.add_argument("--warmup", type=common.share, default=0.05, help="share of the steps (0.05)")
     p.add_argument("--max-new-tokens", type=common.whole, default=128, help="of an answer (128)")
     args = p.parse_args(argv)
     common.defaults(args, adapter=None, data="demonstrations.jsonl")

@@ -345,8 +345,8 @@ def parse_args(argv=None):
     add("--fisher-rows", type=whole, default=4, help="rows of the batch that F is taken on (4)")
     add("--backtracks", type=whole, default=10, help="trials of the line search (10)")
     add("--ppo-epochs", type=whole, default=2, help="passes of the critic over a batch (2)")
-    add("--gamma", type=amount, default=1.0, help="discount (1)")
-    add("--lam", type=amount, default=0.95, help="lambda of GAE (0.95)")
+    add("--gamma", type=common.share, default=1.0, help="discount (1)")
+    add("--lam", type=common.share, default=0.95, help="lambda of GAE (0.95)")
     args = p.parse_args(argv)
     common.defaults(args, adapter="sft", data="prompts.jsonl")
     if not args.reward:

@@ -6,7 +6,7 @@
 
 All start from tiny/sft and look at 3200 answers, in 200 steps of 16, dpo at as many labelled pairs;
 grpo, which has no critic to pass, at 4000 in steps of 20. Three seeds with default flags, then seed
-0 with a lower and a higher --beta, then one PPO run without a KL penalty that goes on for too long.
+0 with two other --beta, then one PPO run without a KL penalty that goes on for too long.
 Every policy is judged from outside by tiny/judge.py, on held-out prompts: by the reward model it
 was trained on (score) and by the hidden preference it never saw (gold).
 
@@ -132,6 +132,8 @@ def main(argv=None):
     runs, prompts = plan(args), 32 if args.quick else 192
     if args.table:
         runs = {name: argv for name, argv in runs.items() if (folder / f"{name}.json").is_file()}
+        if not runs:
+            raise SystemExit(f"error: no run in {folder}; benchmarks/compare.md has a table")
     with ThreadPoolExecutor(args.jobs) as pool:
         for job in tqdm([pool.submit(train, n, argv, folder, prompts) for n, argv in runs.items()]):
             job.result()

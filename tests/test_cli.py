@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,7 @@ def test_a_bad_flag_is_named(script, argv, says, capsys, tmp_path, monkeypatch):
     (["--temperature", "0"], "--temperature"),
     (["--max-new-tokens", "64", "--max-length", "64"], "--max-new-tokens"),
     (["--model", "some/model", "--data", "d.jsonl"], "--reward"),
+    (["--missing-eos-score", "nan"], "--missing-eos-score"),
 ])
 def test_a_bad_flag_of_sampling_is_named(script, argv, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -132,6 +134,9 @@ def test_a_bad_flag_of_sampling_is_named(script, argv, says, capsys, tmp_path, m
 @pytest.mark.parametrize("script, argv, says", [
     ("ppo", ["--batch-size", "8", "--minibatches", "3"], "--minibatches"),
     ("ppo", ["--kl-target", "0"], "--kl-target"),
+    ("ppo", ["--lam", "1.1"], "--lam"),
+    ("trpo", ["--gamma", "2"], "--gamma"),
+    ("grpo", ["--warmup", "5"], "--warmup"),
     ("grpo", ["--batch-size", "9", "--minibatches", "2", "--group-size", "3"], "--minibatches"),
     ("grpo", ["--batch-size", "8", "--group-size", "3"], "--group-size"),
     ("grpo", ["--group-size", "1"], "--group-size"),
@@ -202,6 +207,18 @@ def test_an_adapter_folder_without_an_adapter_is_named(script, capsys, house):
         assert folder in refusal(script, arguments(script, "--adapter", folder), capsys)
 
 
+@pytest.mark.parametrize("script", ["sft", "ppo", "trpo", "grpo", "dpo"])
+def test_a_reward_model_does_not_become_a_policy(script, capsys, house):
+    argv = arguments(script, "--adapter", str(house / "reward_model"))
+    assert "is a reward model" in refusal(script, argv, capsys)
+
+
+@pytest.mark.parametrize("script", ["ppo", "trpo", "grpo"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(script, capsys, house):
+    error = refusal(script, arguments(script, "--reward", "runs/reward_mode1"), capsys)
+    assert error == "error: runs/reward_mode1: no such folder\n"
+
+
 @pytest.mark.parametrize("file, content", [
     ("adapter_config.json", ""), ("adapter_config.json", "{}"),
     ("adapter_config.json", '{"peft_type": "LORA"}'), ("adapter_model.safetensors", ""),
@@ -247,10 +264,12 @@ constant = 3
     ("count", "3 scores for 2"), ("none_at_all", "0 scores for 2"), ("nan", "nan"),
     ("infinite", "inf"), ("strings", "numbers"), ("nothing", "numbers"),
     ("two", "(prompts, responses, rows)"), ("missing", "missing"), ("constant", "constant"), ("", "function"),
+    (None, "r.py:function"),
 ])
 def test_a_bad_reward_function_is_named(function, says, capsys, house):
     Path("r.py").write_text(REWARD)
-    argv = arguments("ppo", "--reward", f"r.py:{function}", "--batch-size", "2")
+    reward = "r.py" if function is None else f"r.py:{function}"
+    argv = arguments("ppo", "--reward", reward, "--batch-size", "2")
     assert says in refusal("ppo", argv, capsys)
 
 
@@ -389,6 +408,23 @@ def test_a_long_prompt_is_cut_and_a_long_answer_dropped_and_counted(script, caps
     kept = "6 demonstrations (3 dropped" if script == "sft" else "6 training pairs (dropped: 3 long"
     assert kept in said
     check_run(script, Path("out"), "tiny/model")
+
+
+@pytest.mark.parametrize("script", ["ppo", "trpo", "grpo"])
+def test_ctrl_c_ends_in_one_line_that_names_the_folder(script, capsys, house, monkeypatch):
+    Path("r.py").write_text("import signal\ndef f(prompts, responses, rows):\n"
+                            "    if __import__('pathlib').Path('out').exists():\n"
+                            "        signal.raise_signal(signal.SIGINT)\n"
+                            "    return [0.0] * len(prompts)\n")
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as end:
+            SCRIPTS[script].main(arguments(script, *RUN, "--reward", "r.py:f"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    errors = [x for x in capsys.readouterr().err.split("\n") if x.startswith("error: ")]
+    assert end.value.code == 2 and len(errors) == 1 and "out" in errors[0]
+    assert [p.name for p in Path("out").glob("*.safetensors")] == []
 
 
 # ------------------------------------------------------------------------------ lora.py
