@@ -446,8 +446,8 @@ def logits_of(model, states):
 
 
 def per_token(model, states, function, *given):
-    """function(logits [1, n, V], *given [1, n]) of all tokens, n at a time: [B, R], from states
-    [B, R, d] and what is given for each token, [B, R].
+    """function(logits [1, n, V], *given [1, n]) of all tokens, n at a time: [B, R], or [B, R, k] of
+    one that returns k numbers a token, from states [B, R, d] and what is given for each, [B, R].
 
     In a large vocabulary the logits are by far the largest tensor. At most LOGITS of them are there
     at any time; a gradient computes them again, piece by piece."""
@@ -457,10 +457,10 @@ def per_token(model, states, function, *given):
     n = max(1, LOGITS // len(model.get_output_embeddings().weight))
     flat = [x.flatten(0, 1).unsqueeze(0) for x in (states, *given)]
     if flat[0].shape[1] <= n:
-        return piece(*flat).view(states.shape[:2])
+        return piece(*flat).unflatten(1, states.shape[:2]).squeeze(0)
     pieces = zip(*(x.split(n, 1) for x in flat))
-    return torch.cat([checkpoint(piece, *p, use_reentrant=False) for p in pieces], 1).view(
-        states.shape[:2])
+    out = torch.cat([checkpoint(piece, *p, use_reentrant=False) for p in pieces], 1)
+    return out.unflatten(1, states.shape[:2]).squeeze(0)
 
 
 def response_logps(model, name, b, logps):

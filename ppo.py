@@ -145,13 +145,16 @@ def rollout(model, tokenizer, rows, reward, generator, args):
             model, prompts, stop, args.max_new_tokens, args.temperature, generator)
     batch = dict(ids=ids, attention=attention, mask=mask)
     batch |= {key: torch.zeros_like(mask) for key in ("logp", "logp_ref", "values", "entropy")}
-    logps, entropies = (
-        partial(f, temperature=args.temperature) for f in (token_logps, token_entropy))
+    logps = partial(token_logps, temperature=args.temperature)
+
+    def logps_and_entropy(logits, ids):  # [1, n, 2]: both from the same logits
+        return torch.stack([logps(logits, ids), token_entropy(logits, args.temperature)], -1)
+
     reference = "reference" if args.adapter else None
     for part, b in common.micro_batches(batch, torch.arange(len(ids)), args.micro_batch_size):
         R = b["mask"].shape[1]
-        batch["logp"][part, :R], states = common.response_logps(model, "policy", b, logps)
-        batch["entropy"][part, :R] = common.per_token(model, states, entropies)
+        both, _ = common.response_logps(model, "policy", b, logps_and_entropy)
+        batch["logp"][part, :R], batch["entropy"][part, :R] = both.unbind(-1)
         batch["logp_ref"][part, :R], _ = common.response_logps(model, reference, b, logps)
         values = common.response_values(model, "critic", b["ids"], b["attention"], R)
         batch["values"][part, :R] = values * b["mask"]

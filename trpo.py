@@ -194,14 +194,17 @@ def rollout(model, tokenizer, rows, reward, generator, args):
     batch |= {key: torch.zeros_like(mask) for key in ("logp", "logp_ref", "values", "entropy")}
     head = model.get_output_embeddings().weight  # [V, d]
     batch["states_old"] = head.new_zeros(*mask.shape, head.shape[1])
-    logps, entropies = (
-        partial(f, temperature=args.temperature) for f in (token_logps, token_entropy))
+    logps = partial(token_logps, temperature=args.temperature)
+
+    def logps_and_entropy(logits, ids):  # [1, n, 2]: both from the same logits
+        return torch.stack([logps(logits, ids), token_entropy(logits, args.temperature)], -1)
+
     reference = "reference" if args.adapter else None
     for part, b in common.micro_batches(batch, torch.arange(len(ids)), args.micro_batch_size):
         R = b["mask"].shape[1]
-        batch["logp"][part, :R], states = common.response_logps(model, "policy", b, logps)
+        both, states = common.response_logps(model, "policy", b, logps_and_entropy)
+        batch["logp"][part, :R], batch["entropy"][part, :R] = both.unbind(-1)
         batch["states_old"][part, :R] = states
-        batch["entropy"][part, :R] = common.per_token(model, states, entropies)
         batch["logp_ref"][part, :R], _ = common.response_logps(model, reference, b, logps)
         values = common.response_values(model, "critic", b["ids"], b["attention"], R)
         batch["values"][part, :R] = values * b["mask"]
