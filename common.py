@@ -457,9 +457,10 @@ def per_token(model, states, function, *given):
     n = max(1, LOGITS // len(model.get_output_embeddings().weight))
     flat = [x.flatten(0, 1).unsqueeze(0) for x in (states, *given)]
     if flat[0].shape[1] <= n:
-        return piece(*flat).unflatten(1, states.shape[:2]).squeeze(0)
-    pieces = zip(*(x.split(n, 1) for x in flat))
-    out = torch.cat([checkpoint(piece, *p, use_reentrant=False) for p in pieces], 1)
+        out = piece(*flat)
+    else:
+        pieces = zip(*(x.split(n, 1) for x in flat))
+        out = torch.cat([checkpoint(piece, *p, use_reentrant=False) for p in pieces], 1)
     return out.unflatten(1, states.shape[:2]).squeeze(0)
 
 
@@ -794,8 +795,8 @@ def free_folder(args, script):
 
 
 def start_run(out, args):
-    """Makes the folder of the run and writes config.json: all flags, and the versions. From here on
-    Ctrl-C ends in one line that names the folder."""
+    """Makes the folder of the run and writes config.json: all flags, and the versions. From here to
+    finish() Ctrl-C ends in one line that names the folder."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -867,7 +868,8 @@ def plot_curves(out):
 
 
 def finish(out, args):
-    """The last lines of a run."""
+    """The last lines of a run; Ctrl-C is Python's own again."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if args.plot:
         plot_curves(out)
     print(f"\nsaved {out}")

@@ -263,8 +263,8 @@ constant = 3
 @pytest.mark.parametrize("function, says", [
     ("count", "3 scores for 2"), ("none_at_all", "0 scores for 2"), ("nan", "nan"),
     ("infinite", "inf"), ("strings", "numbers"), ("nothing", "numbers"),
-    ("two", "(prompts, responses, rows)"), ("missing", "missing"), ("constant", "constant"), ("", "function"),
-    (None, "r.py:function"),
+    ("two", "(prompts, responses, rows)"), ("missing", "missing"), ("constant", "constant"),
+    ("", "function"), (None, "r.py:function"),
 ])
 def test_a_bad_reward_function_is_named(function, says, capsys, house):
     Path("r.py").write_text(REWARD)
@@ -411,9 +411,9 @@ def test_a_long_prompt_is_cut_and_a_long_answer_dropped_and_counted(script, caps
 
 
 @pytest.mark.parametrize("script", ["ppo", "trpo", "grpo"])
-def test_ctrl_c_ends_in_one_line_that_names_the_folder(script, capsys, house, monkeypatch):
-    Path("r.py").write_text("import signal\ndef f(prompts, responses, rows):\n"
-                            "    if __import__('pathlib').Path('out').exists():\n"
+def test_ctrl_c_ends_in_one_line_that_names_the_folder(script, capsys, house):
+    Path("r.py").write_text("import os, signal\ndef f(prompts, responses, rows):\n"
+                            "    if os.path.exists('out'):\n"
                             "        signal.raise_signal(signal.SIGINT)\n"
                             "    return [0.0] * len(prompts)\n")
     before = signal.getsignal(signal.SIGINT)
