@@ -17,7 +17,7 @@ with the Fisher matrix F as its Hessian, so that the best step has the direction
     (TRPO.8)   s = (F + damping)^-1 g                    by conjugate gradient
     (TRPO.9)   length = sqrt(2 delta / s F s)            where 1/2 s F s is delta
     (TRPO.10)  theta = theta_old + 0.8^j length s        the first j = 0, 1, ... at which L has
-                                                         risen and D <= 1.5 delta, else none
+                                                         risen and D <= 1.2 delta, else none
     (TRPO.11)  L_V = mean 1/2 (V - G)^2                  the critic, by gradient descent
 
 F has as many rows as LoRA has parameters. A change of A that B takes back changes no probability;
@@ -312,7 +312,7 @@ def line_search(model, parameters, old, step, batch, args):
     for j in range(args.backtracks):
         move(parameters, old, 0.8**j * step)
         gain, kl = gain_and_kl(model, batch, args)
-        if gain > start and kl <= 1.5 * args.max_kl:  # (TRPO.10)
+        if gain > start and kl <= 1.2 * args.max_kl:  # (TRPO.10)
             return gain - start, kl, j
     move(parameters, old, torch.zeros_like(step))
     return 0.0, 0.0, args.backtracks
