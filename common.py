@@ -83,12 +83,17 @@ def seed(text):
     return int(text)
 
 
+def parser(doc):
+    """A parser whose help is `doc` as it is written, and whose errors end in one line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
+    p.error = lambda message: fail(f"{message}; {p.prog} --help lists the flags")
+    return p
+
+
 def flags(doc, steps, batch_size, lr):
     """A parser with the flags that every training script has; lr is (with --model tiny, else)."""
-    p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.error = fail
+    p = parser(doc)
     add = p.add_argument
     add("--model", default="tiny", help="tiny, Hugging Face id, folder or file.gguf (tiny)")
     add("--adapter", help="folder of the LoRA to start from, or none (tiny: what tiny/ ships)")
@@ -885,9 +890,7 @@ def print_samples(rows, before, after, n=4):
 
 
 def parse_args(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.error = fail
+    p = parser(__doc__)
     p.add_argument("--model", default="tiny", help="tiny, hub id, folder or file.gguf (tiny)")
     p.add_argument("--adapter", help="folder of an adapter (none: the bare base)")
     p.add_argument("--prompt", required=True)

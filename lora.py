@@ -23,7 +23,6 @@ Its scores are those here if a text ends in its end of turn and is padded on the
 reads the last token that is not the padding token, and counts positions from the first column.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -400,9 +399,7 @@ def merge(model, tokenizer, ends, out):
 def parse_args(argv=None):
     import common  # here and in main, so that the rest of the file can be copied without it
 
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.error = common.fail
+    p = common.parser(__doc__)
     p.add_argument("command", choices=["inspect", "merge"])
     p.add_argument("--adapter", required=True, help="folder of the adapter")
     p.add_argument("--model", help="base model; default the one that the adapter names")

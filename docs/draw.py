@@ -10,7 +10,6 @@ benchmarks/compare.py, and from benchmarks/compare.json. Where the latter is mis
 pictures of the comparison are left out.
 """
 
-import argparse
 import io
 import json
 import math
@@ -697,9 +696,7 @@ def draw(records, comparison, out):
 
 
 def parse_args(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.error = common.fail
+    p = common.parser(__doc__)
     p.add_argument("--record", nargs="*", choices=list(RECORDS), help="make these anew (all)")
     return p.parse_args(argv)
 

@@ -100,6 +100,7 @@ EVERY = pytest.mark.parametrize("script", list(SCRIPTS))
 @EVERY
 @pytest.mark.parametrize("argv, says", [
     (["--no-such-flag"], "--no-such-flag"),
+    (["--no-such-flag"], "--help lists the flags"),
     (["--step", "3"], "--step"),
     (["--steps", "0"], "--steps"),
     (["--steps", "-1"], "--steps"),

@@ -302,8 +302,7 @@ STAGES = {
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p = common.parser(__doc__)
     p.add_argument("--from", dest="first", default="base", choices=list(STAGES), help="(base)")
     first = list(STAGES).index(p.parse_args().first)
     for name, stage in list(STAGES.items())[first:]:

@@ -10,7 +10,6 @@ itself), score (reward model), KL (to the SFT model, nats per response), top ans
 share that one answer has among the first 100), tokens.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -106,9 +105,7 @@ def best_of(args, sizes):
 
 
 def parse_args(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.error = common.fail
+    p = common.parser(__doc__)
     p.add_argument("adapters", nargs="*", help="folders of trained policies")
     p.add_argument("--sft", default=str(common.TINY / "sft"), help="their start (tiny/sft)")
     p.add_argument("--reward", default=str(common.TINY / "reward_model"), help="(tiny/...)")
