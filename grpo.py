@@ -211,10 +211,10 @@ def update(model, parameters, optimizer, batch, args):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=20, lr=(2e-3, 3e-5))
+    p = common.flags(__doc__, steps=200, batch_size=16, lr=(2e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
     common.sampling_flags(p)
-    add("--group-size", type=whole, default=5, help="G, answers a prompt; divides the batch (5)")
+    add("--group-size", type=whole, default=4, help="G, answers a prompt; divides the batch (4)")
     add("--adv", default="std", choices=["std", "none", "loo"], help="advantages (std)")
     add("--loss", default="grpo", choices=["grpo", "dapo", "dr_grpo", "gspo"], help="(grpo)")
     add("--clip-low", type=amount, default=0.2, help="eps_low of the ratio (0.2; gspo: try 3e-4)")

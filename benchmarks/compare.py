@@ -4,9 +4,9 @@
     python benchmarks/compare.py --table    trains nothing: the table of what has run so far
     python benchmarks/compare.py --quick    14 steps, one seed, one --beta: to see that it works
 
-All start from tiny/sft and look at 3200 answers, in 200 steps of 16, dpo at as many labelled pairs;
-grpo, which has no critic to pass, at 4000 in steps of 20. Three seeds with default flags, then seed
-0 with two other --beta, then one PPO run without a KL penalty that goes on for too long.
+All start from tiny/sft and look at 3200 answers, in 200 steps of 16, dpo at as many labelled pairs.
+Three seeds with default flags, then seed 0 with two other --beta, then one PPO run without a KL
+penalty that goes on for too long.
 Every policy is judged from outside by tiny/judge.py, on held-out prompts: by the reward model it
 was trained on (score) and by the hidden preference it never saw (gold).
 
