@@ -7,6 +7,7 @@ generates, so that one can talk to what was trained.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -25,7 +26,8 @@ import transformers
 from jinja2 import TemplateError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache,
+    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache,
+    StaticCache,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -101,7 +103,7 @@ def flags(doc, steps, batch_size, lr):
     add("--out", help="folder of the run (runs/<script>, or the next free runs/<script>-2 ...)")
     add("--steps", type=whole, default=steps, help=f"optimizer steps ({steps})")
     add("--batch-size", type=whole, default=batch_size, help=f"rows a step ({batch_size})")
-    add("--micro-batch-size", type=whole, help="rows a forward pass (all)")
+    add("--micro-batch-size", type=whole, help="rows a pass of the update (all)")
     add("--lr", type=amount, default=lr, help=f"peak learning rate (tiny: {lr[0]}, else {lr[1]})")
     add("--seed", type=seed, default=0, help="of everything random (0)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
@@ -225,18 +227,37 @@ def load_model(args):
     if getattr(args, "grad_checkpoint", False):
         checkpoint_layers(model)
     if hasattr(args, "max_length"):
-        positions = getattr(model.config, "max_position_embeddings", None) or args.max_length
-        args.max_length = min(args.max_length, positions)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        args.max_length = min(args.max_length, positions or args.max_length)
         check_room(args)
     end = end_of_turn(tokenizer)
     if end is None:
         fail(f"the tokenizer of {args.model} has no EOS token: an answer could not end")
-    ids, real = torch.tensor([[end]], device=device), torch.tensor([[1]], device=device)
-    with torch.no_grad():
-        ours, logits = logits_of(model, hidden_states(model, ids, real)), model(ids).logits
-    if (ours - logits).abs().max() > 0.01 * logits.abs().max():  # Cohere and Granite scale them
-        fail(f"{args.model} makes logits in a way that logits_of in common.py does not know")
+    check_family(model, args.model, end)
     return model, tokenizer
+
+
+@torch.no_grad()
+def check_family(model, name, end):
+    """Fails for a model that makes its logits as logits_of does not know (Cohere and Granite scale
+    them), or samples from another distribution than it is scored by, as one would that takes no
+    padding on the left, or no cache of these kinds. Greedy tokens tell: each must be the scorer's
+    best too, up to rounding."""
+    try:
+        ids = torch.tensor([[end]], device=model.device)
+        ours, theirs = logits_of(model, hidden_states(model, ids, ids**0)), model(ids).logits
+        ids, attention, mask = sample(model, [[*range(7)], [*range(3)]], [end], 3, each=2,
+                                      temperature=0.0)
+        y = ids[:, -mask.shape[1] :]
+        logits = logits_of(model, response_states(model, ids, attention, y.shape[1])).float()
+    except Exception as problem:  # whatever a model's own code may raise
+        fail(f"--model {name} cannot be sampled from and scored ({problem!r})")
+    if (ours - theirs).abs().max() > 0.01 * theirs.abs().max():
+        fail(f"{name} makes logits in a way that logits_of in common.py does not know")
+    below = (logits.amax(-1) - logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)) * mask
+    if below.max() > 0.05 * (logits.max() - logits.min()):
+        fail(f"--model {name} samples its tokens from another distribution than it scores them by; "
+             "its family is not supported")
 
 
 class SameAdapter:
@@ -322,7 +343,14 @@ def stop_ids(model, tokenizer):
 
 def end_of_turn(tokenizer):
     """The token that closes an answer: what the chat template puts there, else EOS."""
-    if tokenizer.chat_template:
+    return template_end(tokenizer, str(tokenizer.chat_template or ""))
+
+
+@functools.lru_cache(maxsize=8)
+def template_end(tokenizer, template):
+    """end_of_turn, told once for a tokenizer and its template: asked for every answer of a data
+    set, it would be most of the time that the encoding takes."""
+    if template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "@@"}]
         tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("@@")[2]
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -362,6 +390,14 @@ def encode_prompt(tokenizer, prompt):
     text = "".join(f"{t['role'].capitalize()}: {t['content']}\n\n" for t in turns) + "Assistant: "
     ids = tokenizer(text).input_ids
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
+
+
+def check_prompts(tokenizer, rows, room):
+    """Encodes every prompt before the run, which one that the chat template refuses would otherwise
+    end in the middle, and says how many are cut to their last `room` tokens."""
+    long = sum(len(encode_prompt(tokenizer, row["prompt"])) > room for row in rows)
+    if long:
+        print(f"{long} of {len(rows)} prompts lose their beginning: longer than {room} tokens")
 
 
 def encode_pair(tokenizer, prompt, response, max_length):
@@ -446,7 +482,7 @@ def micro_batches(batch, rows, size):
 def logits_of(model, states):
     """Logits [B, R, V] of states [B, R, d]."""
     logits = model.get_output_embeddings()(states)
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -508,8 +544,15 @@ def sample(model, prompts, stop, max_new_tokens, temperature=1.0, generator=None
     to one prompt one after another."""
     ids, attention = pad(prompts, "left", model.device)
     P, tokens = ids.shape[1], ids
-    # Allocated once: a cache that grows by concatenation spends its time copying itself.
-    cache = StaticCache(config=model.config, max_cache_len=P + max_new_tokens)
+    if model._can_compile_fullgraph:  # as transformers tells who can read a StaticCache
+        # Allocated once: a cache that grows by concatenation spends its time copying itself.
+        cache = StaticCache(config=model.config, max_cache_len=P + max_new_tokens)
+    else:
+        cache = DynamicCache(config=model.config)
+    if each > 1 and not all(hasattr(layer, "keys") for layer in cache.layers):
+        # Linear attention keeps a state that cannot be repeated afterwards.
+        prompts = [prompt for prompt in prompts for _ in range(each)]
+        return sample(model, prompts, stop, max_new_tokens, temperature, generator)
     stop = torch.tensor(stop, device=ids.device)
     alive = torch.ones(len(prompts) * each, 1, dtype=torch.bool, device=ids.device)
     for step in range(max_new_tokens):
@@ -519,8 +562,9 @@ def sample(model, prompts, stop, max_new_tokens, temperature=1.0, generator=None
         logits = out.logits[:, -1].float()
         if step == 0 and each > 1:  # the prompt was read once for all its responses
             for layer in cache.layers:
-                layer.keys = layer.keys.repeat_interleave(each, 0)
-                layer.values = layer.values.repeat_interleave(each, 0)
+                if layer.keys is not None:  # None where a layer reads those of another
+                    layer.keys = layer.keys.repeat_interleave(each, 0)
+                    layer.values = layer.values.repeat_interleave(each, 0)
             ids, attention, logits = (
                 x.repeat_interleave(each, 0) for x in (ids, attention, logits))
         if temperature == 0:
@@ -800,11 +844,13 @@ def free_folder(args, script):
 
 
 def start_run(out, args):
-    """Makes the folder of the run and writes config.json: all flags, and the versions. From here to
-    finish() Ctrl-C ends in one line that names the folder."""
+    """Makes the folder of the run, writes config.json, all flags and the versions, and returns the
+    folder. From here to finish() Ctrl-C ends in one line that names it."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=bool(args.out))
     except OSError as problem:
+        if not args.out and out.exists():  # a run that was started beside this one was faster
+            return start_run(free_folder(args, out.name.partition("-")[0]), args)
         fail(f"cannot make --out {out}: {problem.strerror}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     config = {**vars(args), "python": sys.version.split()[0], **versions}
@@ -815,6 +861,7 @@ def start_run(out, args):
         fail(f"interrupted; {out} keeps metrics and samples, but adapters only with --save-every")
 
     signal.signal(signal.SIGINT, stop)
+    return out
 
 
 def save_samples(out, step, rows, responses, scores):

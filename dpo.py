@@ -169,6 +169,7 @@ def main(argv=None):
     if not pairs or not test_pairs:
         common.fail(f"no pair of different answers fits into --max-length {args.max_length}")
     test = [row for row, _, _, _ in test_pairs]
+    common.check_prompts(tokenizer, test, room - args.max_new_tokens)
     order = common.batches(len(pairs), args.batch_size, args.seed)
     schedule = [next(order) for _ in range(args.steps)]
     used = sorted({i for batch in schedule for i in batch})
@@ -177,7 +178,7 @@ def main(argv=None):
     samples, texts_before, scores = sample(model, tokenizer, test, reward, args)
     before = measure(test_refs, test_refs, args) | samples
     print(f"loss before training {before['loss']:.3f} (sigmoid: ln 2 = {math.log(2):.3f})")
-    common.start_run(out, args)
+    out = common.start_run(out, args)
 
     common.save_samples(out, 0, test, texts_before, scores)
     parameters = lora.adapter_parameters(model, "policy")

@@ -248,6 +248,7 @@ def main(argv=None):
     train, test = common.load_data(args.data, ["prompt"])
     test = common.take(test, args.eval_size)
     model, tokenizer = common.load_model(args)
+    common.check_prompts(tokenizer, [*train, *test], args.max_length - args.max_new_tokens)
     common.start_adapter(model, "policy", args)
     if args.adapter:
         lora.copy_adapter(model, "policy", "reference")
@@ -258,7 +259,7 @@ def main(argv=None):
         return rollout(model, tokenizer, test, 1, reward, generator, args)
 
     before = evaluate()
-    common.start_run(out, args)
+    out = common.start_run(out, args)
     common.save_samples(out, 0, test, before["responses"], before["score"].tolist())
     parameters = lora.adapter_parameters(model, "policy")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)

@@ -219,14 +219,13 @@ def copy_adapter(model, source, name, trainable=False):
     """Adds `name` with the values of `source`, its head included. Raises as add_adapter does."""
     require(model, source)
     forbid(model, name)
-    config = model.lora_configs[source]
     for layer in lora_layers(model).values():
         if source in layer.lora_A:
             A, scale = layer.lora_A[source], layer.scale[source]
-            layer.add(name, A.shape[0], scale, config["lora_dropout"], trainable)
+            layer.add(name, A.shape[0], scale, layer.dropout[source], trainable)
             layer.lora_A[name].data.copy_(A)
             layer.lora_B[name].data.copy_(layer.lora_B[source])
-    model.lora_configs[name] = dict(config)
+    model.lora_configs[name] = dict(model.lora_configs[source])
     if source in getattr(model, "heads", {}):
         add_head(model, name).weight.data.copy_(model.heads[source].weight)
         model.heads[name].requires_grad_(trainable)

@@ -143,7 +143,7 @@ def main(argv=None):
         common.fail(f"no pair of different answers fits into --max-length {args.max_length}")
     before, _ = evaluate(model, test_pairs, args)
     print(f"loss before training {before['loss']:.3f} (ln 2 = {math.log(2):.3f})")
-    common.start_run(out, args)
+    out = common.start_run(out, args)
     parameters = lora.adapter_parameters(model, "reward")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)
     order = common.batches(len(pairs), args.batch_size, args.seed)

@@ -122,8 +122,9 @@ def main(argv=None):
     print(f"{len(pairs)} demonstrations ({dropped} dropped: longer than {args.max_length} tokens)")
     if not pairs or not test:
         common.fail(f"no demonstration fits into --max-length {args.max_length}")
+    common.check_prompts(tokenizer, test, args.max_length - args.max_new_tokens)
     before, texts_before = evaluate(model, "policy", tokenizer, test, test_pairs, args)
-    common.start_run(out, args)
+    out = common.start_run(out, args)
 
     parameters = lora.adapter_parameters(model, "policy")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
@@ -132,15 +133,17 @@ def main(argv=None):
     for step in bar:
         clock = time.time()
         # 1. a batch of demonstrations
-        ids, attention, labels = collate([pairs[i] for i in next(order)], model.device)
-        tokens = (labels[:, 1:] != -100).sum()
+        batch = [pairs[i] for i in next(order)]
+        tokens = sum(len(response) for _, response in batch)
         # 2. the gradient of (SFT.1); micro-batches weigh as many tokens as they hold
         loss = 0.0
         with lora.use_adapter(model, "policy"):
-            for part in torch.arange(len(ids)).split(args.micro_batch_size):
-                logits = model(**common.inputs(ids[part], attention[part])).logits
-                share = (labels[part, 1:] != -100).sum() / tokens
-                part_loss = sft_loss(logits, labels[part]) * share
+            for i in range(0, len(batch), args.micro_batch_size):
+                part = batch[i : i + args.micro_batch_size]
+                ids, attention, labels = collate(part, model.device)
+                logits = model(**common.inputs(ids, attention)).logits
+                share = sum(len(response) for _, response in part) / tokens
+                part_loss = sft_loss(logits, labels) * share
                 part_loss.backward()
                 loss += part_loss.item()
         # 3. one AdamW step

@@ -126,15 +126,21 @@ def flatten(tensors):
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def fisher_vector_product(kl, params, v, damping):
+def kl_slope(kl, params):
+    """The gradient of the scalar `kl` by the tensors `params`: a vector that has a gradient itself.
+    Needs an attention kernel that can be differentiated twice."""
+    return flatten(torch.autograd.grad(kl, params, create_graph=True))
+
+
+def fisher_vector_product(kl, params, v, damping, slope=None):
     """(F + damping) v, where F is the Hessian of `kl` by `params`. (TRPO.7)
 
     kl: scalar with graph, mean_kl(logits.detach(), logits, mask), at whose minimum the Hessian is
-    the Fisher matrix; params: list of tensors; v: vector of as many numbers. Returns a vector. The
-    graph stays, for the next v. Needs an attention kernel that can be differentiated twice.
+    the Fisher matrix; params: list of tensors; v: vector of as many numbers; slope: kl_slope(kl,
+    params), which all v have in common. Returns a vector. The graph stays, for the next v.
     Source: arXiv:1502.05477, appendix C.1; Pearlmutter 1994."""
-    grad = torch.autograd.grad(kl, params, create_graph=True)
-    product = torch.autograd.grad(flatten(grad) @ v, params, retain_graph=True)
+    slope = kl_slope(kl, params) if slope is None else slope
+    product = torch.autograd.grad(slope @ v, params, retain_graph=True)
     return flatten(product) + damping * v  # (TRPO.7)
 
 
@@ -285,13 +291,14 @@ def natural_step(model, parameters, old, batch, args):
     g = flatten([p.grad for p in parameters])
     for p in parameters:
         p.grad = None
-    graphs = list(kl_graphs(model, batch, everything[: args.fisher_rows], args))
+    graphs = kl_graphs(model, batch, everything[: args.fisher_rows], args)
 
     def matvec(v):
-        return sum(fisher_vector_product(kl, parameters, v, args.damping / len(graphs))
-                   for kl in graphs)
+        return sum(fisher_vector_product(kl, parameters, v, args.damping / len(slopes), slope)
+                   for kl, slope in slopes)
 
     with sdpa_kernel(SDPBackend.MATH):  # for --grad-checkpoint, which runs layers again
+        slopes = [(kl, kl_slope(kl, parameters)) for kl in graphs]
         s = conjugate_gradient(matvec, g, args.cg_iters)  # (TRPO.8)
     sFs = s @ g - args.damping * s @ s  # conjugate gradient ends with s (F + damping) s = s g
     e = step_length(sFs.item(), args.max_kl / 4)
@@ -369,6 +376,7 @@ def main(argv=None):
     train, test = common.load_data(args.data, ["prompt"])
     test = common.take(test, args.eval_size)
     model, tokenizer = common.load_model(args)
+    common.check_prompts(tokenizer, [*train, *test], args.max_length - args.max_new_tokens)
     common.start_adapter(model, "policy", args)
     if args.adapter:
         lora.copy_adapter(model, "policy", "reference")
@@ -384,7 +392,7 @@ def main(argv=None):
         return rollout(model, tokenizer, test, reward, generator, args)
 
     before = evaluate()
-    common.start_run(out, args)
+    out = common.start_run(out, args)
     common.save_samples(out, 0, test, before["responses"], before["score"].tolist())
     parameters, critic = (lora.adapter_parameters(model, name) for name in ("policy", "critic"))
     optimizer = torch.optim.AdamW(critic, lr=args.lr, eps=1e-5, weight_decay=0.0)

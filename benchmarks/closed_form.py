@@ -235,7 +235,7 @@ def run_trpo(toy, steps=50, max_kl=(0.05, 1e-8), damping=1e-3, draw=None, seed=0
             before = gain(old)
             for j in range(10):
                 theta.copy_(old + 0.8**j * full)
-                near = trpo.mean_kl(old[states], theta[states], visits) <= 1.5 * delta
+                near = trpo.mean_kl(old[states], theta[states], visits) <= 1.2 * delta
                 if gain(theta) > before and near:
                     break
             else:

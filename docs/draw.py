@@ -109,7 +109,7 @@ def record_credit(steps=40, draws=96):
     train, test = common.load_data(args.data, ["prompt"])
     critic = lora.adapter_parameters(model, "critic")
     optimizer = torch.optim.AdamW(critic, lr=args.lr, eps=1e-5, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator(model.device).manual_seed(args.seed)
     order, explained = common.batches(len(train), args.batch_size, args.seed), []
     for step in range(steps):
         rows = [train[i] for i in next(order)]
@@ -140,7 +140,7 @@ def record_trust_region(around=48, side=9):
     args, model, tokenizer, reward = start(trpo, "--batch-size", "8", "--fisher-rows", "8")
     train, _ = common.load_data(args.data, ["prompt"])
     rows = [train[i] for i in next(common.batches(len(train), args.batch_size, args.seed))]
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator(model.device).manual_seed(args.seed)
     batch = collect(trpo, rows, model, tokenizer, reward, generator, args)
     parameters = lora.adapter_parameters(model, "policy")
     old = [p.detach().clone() for p in parameters]
@@ -186,7 +186,7 @@ def record_trust_region(around=48, side=9):
 def record_group():
     """A group of answers of the SFT model to a prompt, their scores and advantages."""
     args, model, tokenizer, reward = start(grpo)
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator(model.device).manual_seed(args.seed)
     rows = [{"prompt": GROUP_PROMPT}]
     batch = grpo.rollout(model, tokenizer, rows, args.group_size, reward, generator, args)
     advantages = grpo.group_advantages(batch["score"].view(1, -1))[0]

@@ -1,5 +1,6 @@
 """common.py: padding, forward passes, sampling, text to tokens, data, rewards."""
 
+import argparse
 import csv
 import json
 import random
@@ -331,6 +332,16 @@ def test_end_of_turn_is_eos_where_the_template_closes_with_none():
     assert common.end_of_turn(byte_tokenizer(template)) == EOS
 
 
+def test_the_end_of_a_turn_is_looked_up_once_for_a_template(monkeypatch):
+    tokenizer, calls = byte_tokenizer(CHAT), []
+    template = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template",
+                        lambda *a, **k: calls.append(a) or template(*a, **k))
+    assert [common.end_of_turn(tokenizer) for _ in range(3)] == [TURN] * 3 and len(calls) == 1
+    tokenizer.chat_template = None
+    assert common.end_of_turn(tokenizer) == EOS
+
+
 SYSTEM = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": "Hi?"}]
 CLOSED = [TURN] + spell("\n") + [START] + spell("assistant\n")
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
@@ -349,6 +360,18 @@ def test_a_system_turn_is_the_template_s_affair():
     got = common.encode_prompt(byte_tokenizer(STRIPS), SYSTEM)
     assert got == [START] + spell("system\nBe kind.") + [TURN] + spell("\n") + [START] + spell(
         "user\nHi?") + CLOSED
+
+
+def test_prompts_that_will_be_cut_are_counted_and_refused_ones_end_it(capsys):
+    rows = [{"prompt": "a" * n} for n in (1, 50, 60)]
+    common.check_prompts(byte_tokenizer(), rows, 69)
+    assert capsys.readouterr().out.startswith("2 of 3 prompts")
+    common.check_prompts(byte_tokenizer(), rows, 100)
+    assert not capsys.readouterr().out
+    rows[1]["prompt"] = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+    with pytest.raises(SystemExit) as end:
+        common.check_prompts(byte_tokenizer(ALTERNATES), rows, 100)
+    assert end.value.code == 2 and "refuses a prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("template", [REFUSES, LEAVES_OUT, ALTERNATES])
@@ -750,3 +773,14 @@ def test_folders_of_runs_are_numbered_and_never_reused(tmp_path, monkeypatch):
     assert str(common.free_folder(args, "ppo")) == "runs/ppo-2"
     (tmp_path / "runs/ppo-2").mkdir()
     assert str(common.free_folder(args, "ppo")) == "runs/ppo-3"
+
+
+def test_two_runs_started_together_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
+    args = argparse.Namespace(out=None, seed=3)
+    chosen = [common.free_folder(args, "reward_model") for _ in range(2)]
+    assert chosen[0] == chosen[1]
+    made = [common.start_run(out, args) for out in chosen]
+    assert [str(out) for out in made] == ["runs/reward_model", "runs/reward_model-2"]
+    assert json.loads((made[1] / "config.json").read_text())["seed"] == 3

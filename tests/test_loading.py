@@ -116,6 +116,48 @@ def test_logits_that_are_more_than_the_output_head_are_noticed(scale, folder, ca
         assert "logits" in refusal(capsys, folder)
 
 
+STATES = dict(vocab_size=SIZE, hidden_size=32, num_hidden_layers=2)
+HEADS = dict(STATES, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize("config, says", [
+    (hf.MambaConfig(**STATES, state_size=8), "another distribution"),  # reads no cache of these
+    (hf.BloomConfig(vocab_size=SIZE, hidden_size=32, n_layer=2, n_head=4), "cannot be sampled"),
+], ids=["wrong", "raises"])
+def test_a_family_that_is_not_sampled_as_it_is_scored_is_refused(config, says, folder, capsys):
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data.mul_(4)  # logits that differ
+    model.save_pretrained(folder)
+    assert says in refusal(capsys, folder)
+
+
+@pytest.mark.parametrize("config", [
+    hf.Lfm2Config(**HEADS, layer_types=["conv", "full_attention"]),
+    hf.GPTNeoConfig(vocab_size=SIZE, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
+                    attention_types=[[["global", "local"], 1]]),
+], ids=lambda config: config.model_type)
+def test_caches_of_other_kinds_answer_as_the_library_does(config, folder):
+    """Beyond the window, and with two answers to a prompt that are then the same."""
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data.mul_(4)
+    model.save_pretrained(folder)
+    model, _ = load(folder)
+    prompts = [[*range(40, 61)], [8, 3, 144, 21]]
+    ids, _, mask = common.sample(model, prompts, [SIZE], 12, temperature=0.0, each=2)
+    assert mask.all()
+    for i, prompt in enumerate(prompts):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12,
+                                  do_sample=False, pad_token_id=0)[0, len(prompt):]
+        assert torch.equal(ids[2 * i, -12:], expected)
+        assert torch.equal(ids[2 * i + 1, -12:], expected)
+
+
 def test_a_model_without_a_head_of_its_own_is_no_reward(folder, capsys):
     args = argparse.Namespace(trust_remote_code=False, max_length=64)
     with pytest.raises(SystemExit):

@@ -276,6 +276,17 @@ def test_copy_adapter_copies_values_and_shares_none(model, targets):
     assert torch.equal(logits(model, "a"), expected)
 
 
+def test_an_adapter_whose_config_names_no_dropout_can_be_copied(model, targets, tmp_path):
+    trained(model, "a", targets)
+    lora.save_adapter(model, "a", tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["lora_dropout"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    lora.load_adapter(model, "b", tmp_path)
+    lora.copy_adapter(model, "b", "c")
+    assert torch.equal(logits(model, "a"), logits(model, "c"))
+
+
 def test_a_copy_is_frozen_unless_asked(model, targets):
     trained(model, "a", targets)
     lora.add_head(model, "a")

@@ -398,6 +398,10 @@ def test_fisher_vector_products_pass_through_checkpointed_layers(policy):
         kl, = trpo.kl_graphs(model, batch, torch.arange(4), flags())
         with sdpa_kernel(SDPBackend.MATH):
             products.append(trpo.fisher_vector_product(kl, parameters, v, 0.0))
+            slope = trpo.kl_slope(kl, parameters)
+            for _ in range(2):  # from one slope, the same to the bit
+                again = trpo.fisher_vector_product(kl, parameters, v, 0.0, slope)
+                assert torch.equal(again, products[-1])
         common.checkpoint_layers(model)
     assert close(products[1], products[0], 1e-5)
 

@@ -39,14 +39,14 @@ def judge(adapter, args, each=1):
     common.load_adapter(model, "reference", args.sft)
     reward = common.load_reward(args.reward, model, tokenizer, policy)
     lora.copy_adapter(model, "reward", "critic")
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator(model.device).manual_seed(args.seed)
     prompts = held_out()
     random.Random(args.seed).shuffle(prompts)
     rows = [row for row in prompts[: args.prompts] for _ in range(each)]
     parts = [ppo.rollout(model, tokenizer, rows[i : i + 128], reward, generator, policy)
              for i in range(0, len(rows), 128)]
     texts = [t for part in parts for t in part["responses"]]
-    score = torch.cat([part["score"] for part in parts])
+    score = torch.cat([part["score"] for part in parts]).cpu()
     pairs = [(row["prompt"], text) for row, text in zip(rows, texts)]
     gold = torch.tensor([world.gold_score(*pair) for pair in pairs])
     first = texts[::each][:100]
