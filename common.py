@@ -245,7 +245,8 @@ def check_family(model, name, end):
     best too, up to rounding."""
     try:
         ids = torch.tensor([[end]], device=model.device)
-        ours, theirs = logits_of(model, hidden_states(model, ids, ids**0)), model(ids).logits
+        ours = logits_of(model, hidden_states(model, ids, torch.ones_like(ids)))
+        theirs = model(ids).logits
         ids, attention, mask = sample(model, [[*range(7)], [*range(3)]], [end], 3, each=2,
                                       temperature=0.0)
         y = ids[:, -mask.shape[1] :]

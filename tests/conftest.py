@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,6 +31,16 @@ def toy(kind, vocabulary=64):
         num_attention_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def random_model(config):
+    """A model of any family; its weights are large enough for logits that differ."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data.mul_(4)
+    return model
 
 
 @pytest.fixture(params=["gpt2", "llama"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from byte_tokenizer import CHAT, SIZE, TURN, byte_tokenizer
+from conftest import random_model
 from safetensors.torch import load_file
 
 import common
@@ -61,22 +62,12 @@ RUN = ("--steps 2 --batch-size 4 --micro-batch-size 2 --lr 0.01 --max-length 96 
        "--lora-rank 4 --lora-alpha 8 --device cpu --out out").split()
 
 
-def fresh(family):
-    """The family's random model; its weights are large enough for logits that differ."""
-    torch.manual_seed(1)
-    model = hf.AutoModelForCausalLM.from_config(FAMILIES[family][0]).eval()
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.data.mul_(4)
-    return model
-
-
 @functools.cache
 def home(family, folder):
     """A model folder of the family; beside it two adapters, data and a reward function.
 
     Its generation_config names many ends of a turn, so that some answers end within four tokens."""
-    model = fresh(family)
+    model = random_model(FAMILIES[family][0])
     model.generation_config.eos_token_id = [2, *range(SIZE // 2, SIZE)]
     model.save_pretrained(folder / "model")
     byte_tokenizer(**FAMILIES[family][1]).save_pretrained(folder / "model")
@@ -230,7 +221,7 @@ def test_gradient_checkpointing_changes_no_number(family, script, house):
 @EVERY
 @torch.no_grad()
 def test_log_probabilities_of_padded_rows_are_those_of_each_row_alone(family):
-    model = fresh(family)
+    model = random_model(FAMILIES[family][0])
     ids, attention = common.pad(ROWS, "left", "cpu")
     states = common.response_states(model, ids, attention, 3)
     got = common.per_token(model, states, partial(ppo.token_logps, temperature=0.7), ids[:, -3:])
@@ -245,7 +236,7 @@ def test_log_probabilities_of_padded_rows_are_those_of_each_row_alone(family):
 @pytest.mark.parametrize("each", [1, 2])
 def test_greedy_sampling_is_what_generate_says(family, each):
     """From prompts of unequal length, past the sliding windows, up to an end of turn."""
-    model, n = fresh(family), 12
+    model, n = random_model(FAMILIES[family][0]), 12
     free = common.sample(model, ROWS, [999], n, temperature=0)[0][:, -n:].tolist()
     assert len({token for row in free for token in row}) > 2
     stop = [free[0][4], free[1][7]]
@@ -259,7 +250,7 @@ def test_greedy_sampling_is_what_generate_says(family, each):
 
 @EVERY
 def test_all_linear_never_adapts_the_output_head(family):
-    model = fresh(family)
+    model = random_model(FAMILIES[family][0])
     linear = {path for path, module in model.named_modules()
               if isinstance(module, (torch.nn.Linear, hf.pytorch_utils.Conv1D))}
     lora.add_adapter(model, "a", targets="all-linear")

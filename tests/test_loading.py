@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from byte_tokenizer import ALPHABET, CHAT, SIZE, SPECIAL, START, TURN, byte_tokenizer, spell
-from conftest import toy
+from conftest import random_model, toy
 from safetensors.torch import load_file, save_file
 
 import common
@@ -125,12 +125,7 @@ HEADS = dict(STATES, intermediate_size=48, num_attention_heads=4, num_key_value_
     (hf.BloomConfig(vocab_size=SIZE, hidden_size=32, n_layer=2, n_head=4), "cannot be sampled"),
 ], ids=["wrong", "raises"])
 def test_a_family_that_is_not_sampled_as_it_is_scored_is_refused(config, says, folder, capsys):
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config)
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.data.mul_(4)  # logits that differ
-    model.save_pretrained(folder)
+    random_model(config).save_pretrained(folder)
     assert says in refusal(capsys, folder)
 
 
@@ -141,12 +136,7 @@ def test_a_family_that_is_not_sampled_as_it_is_scored_is_refused(config, says, f
 ], ids=lambda config: config.model_type)
 def test_caches_of_other_kinds_answer_as_the_library_does(config, folder):
     """Beyond the window, and with two answers to a prompt that are then the same."""
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config)
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.data.mul_(4)
-    model.save_pretrained(folder)
+    random_model(config).save_pretrained(folder)
     model, _ = load(folder)
     prompts = [[*range(40, 61)], [8, 3, 144, 21]]
     ids, _, mask = common.sample(model, prompts, [SIZE], 12, temperature=0.0, each=2)
