@@ -103,7 +103,8 @@ def flags(doc, steps, batch_size, lr):
     add("--out", help="folder of the run (runs/<script>, or the next free runs/<script>-2 ...)")
     add("--steps", type=whole, default=steps, help=f"optimizer steps ({steps})")
     add("--batch-size", type=whole, default=batch_size, help=f"rows a step ({batch_size})")
-    add("--micro-batch-size", type=whole, help="rows a pass of the update (all)")
+    add("--micro-batch-size", type=whole,
+        help="rows a pass of the update (all; sft, reward_model, ppo, dpo with tiny: 4)")
     add("--lr", type=amount, default=lr, help=f"peak learning rate (tiny: {lr[0]}, else {lr[1]})")
     add("--seed", type=seed, default=0, help="of everything random (0)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
@@ -138,8 +139,9 @@ def by_model(args):
     return args
 
 
-def defaults(args, adapter, data):
-    """Fills in --adapter, --data and --reward: with --model tiny the shipped ones, else none."""
+def defaults(args, adapter, data, micro=None):
+    """Fills in --adapter, --data and --reward: with --model tiny the shipped ones, else none.
+    micro: --micro-batch-size with --model tiny."""
     tiny = by_model(args).model == "tiny"
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib")
@@ -154,10 +156,11 @@ def defaults(args, adapter, data):
         args.reward = str(TINY / "reward_model")
     if "temperature" in args and args.temperature == 0:
         fail("--temperature must be above 0: log-probabilities are taken at it too")
-    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
-    if args.batch_size % args.micro_batch_size:
-        fail(f"--batch-size {args.batch_size} is not a multiple of "
-             f"--micro-batch-size {args.micro_batch_size}")
+    rows = args.micro_batch_size
+    if rows and args.batch_size % min(rows, args.batch_size):
+        fail(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {rows}")
+    rows = rows or (micro if tiny else None) or args.batch_size
+    args.micro_batch_size = min(rows, args.batch_size)
     check_room(args)
 
 
@@ -401,12 +404,16 @@ def check_prompts(tokenizer, rows, room):
         print(f"{long} of {len(rows)} prompts lose their beginning: longer than {room} tokens")
 
 
+def encode_response(tokenizer, response):
+    """Token ids of a response, with the end of turn."""
+    return tokenizer(response, add_special_tokens=False).input_ids + [end_of_turn(tokenizer)]
+
+
 def encode_pair(tokenizer, prompt, response, max_length):
     """(prompt ids, response ids with the end of turn), tokenized apart so that no token spans the
     boundary. A long prompt loses its beginning; None where the response alone does not fit: cut
     short, it would teach stopping in mid-sentence."""
-    p = encode_prompt(tokenizer, prompt)
-    r = tokenizer(response, add_special_tokens=False).input_ids + [end_of_turn(tokenizer)]
+    p, r = encode_prompt(tokenizer, prompt), encode_response(tokenizer, response)
     room = max_length - len(r)
     return (p[-room:], r) if room > 0 else None
 
@@ -416,17 +423,29 @@ def encode_preferences(tokenizer, rows, max_length, which="training"):
     dropped is counted and printed: answers that do not fit, and pairs of identical answers."""
     kept, long, same = [], 0, 0
     for row in rows:
-        c, r = (encode_pair(tokenizer, row["prompt"], row[side], max_length)
-                for side in ("chosen", "rejected"))
-        if c is None or r is None:
+        x = encode_prompt(tokenizer, row["prompt"])
+        chosen, rejected = (encode_response(tokenizer, row[k]) for k in ("chosen", "rejected"))
+        room = max_length - max(len(chosen), len(rejected))
+        if room <= 0:
             long += 1
-        elif c == r:
+        elif chosen == rejected:
             same += 1
         else:  # both answers to the same piece of a cut prompt
-            kept.append((row, min(c[0], r[0], key=len), c[1], r[1]))
+            kept.append((row, x[-room:], chosen, rejected))
     print(f"{len(kept)} {which} pairs (dropped: {long} longer than {max_length} tokens, "
           f"{same} identical)")
     return kept
+
+
+def by_length(rows, size):
+    """(row numbers, rows), `size` at a time and the shortest first, so that little is padding. A
+    row is a tuple that holds the ids of a prompt and then those of its answers."""
+    lengths = []
+    for row in rows:
+        prompt, *answers = (ids for ids in row if isinstance(ids, list))
+        lengths.append(len(prompt) + max(map(len, answers)))
+    for part in torch.tensor(lengths).argsort(stable=True).split(size):
+        yield part, [rows[i] for i in part]
 
 
 def pad(sequences, side, device):

@@ -85,9 +85,10 @@ def pair_logps(model, name, pairs, args):
 @torch.no_grad()
 def reference_logps(model, name, pairs, args):
     """pair_logps of all pairs as a tensor [pairs, 2]."""
-    n = args.micro_batch_size
-    parts = [pair_logps(model, name, pairs[i : i + n], args) for i in range(0, len(pairs), n)]
-    return torch.cat([torch.stack(part, 1) for part in parts])
+    logps = torch.empty(len(pairs), 2, device=model.device)
+    for where, part in common.by_length(pairs, args.micro_batch_size):
+        logps[where] = torch.stack(pair_logps(model, name, part, args), 1)
+    return logps
 
 
 def measure(logps, refs, args):
@@ -142,7 +143,7 @@ def parse_args(argv=None):
     add("--label-smoothing", type=amount, default=0.0, help="share of flipped labels (0)")
     add("--warmup", type=common.share, default=0.05, help="share of the steps (0.05)")
     args = p.parse_args(argv)
-    common.defaults(args, adapter="sft", data="preferences.jsonl")
+    common.defaults(args, adapter="sft", data="preferences.jsonl", micro=4)
     if args.beta == 0:
         common.fail("--beta must be above 0: it divides the reward")
     if args.label_smoothing >= 0.5 or (args.label_smoothing and args.loss == "ipo"):
@@ -190,12 +191,12 @@ def main(argv=None):
         batch = [pairs[i] for i in schedule[step]]
         ref = torch.stack([refs[i] for i in schedule[step]])
         # 2. the gradient of (DPO.2) or (DPO.3), micro-batch by micro-batch
-        logps = []
-        for part in torch.arange(len(batch)).split(args.micro_batch_size):
-            logp = pair_logps(model, "policy", [batch[i] for i in part], args)
-            loss = dpo_loss(*logp, *ref[part].T, args.beta, args.loss, args.label_smoothing)
+        logps = torch.empty_like(ref)
+        for where, part in common.by_length(batch, args.micro_batch_size):
+            logp = pair_logps(model, "policy", part, args)
+            loss = dpo_loss(*logp, *ref[where].T, args.beta, args.loss, args.label_smoothing)
             (loss * len(part) / len(batch)).backward()
-            logps.append(torch.stack(logp, 1).detach())
+            logps[where] = torch.stack(logp, 1).detach()
         # 3. one AdamW step
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         lr = common.learning_rate(step, args.steps, args.lr, args.warmup)
@@ -204,7 +205,7 @@ def main(argv=None):
         optimizer.zero_grad()
         # 4. measure (DPO.4), on the batch before the step
         row = {"step": step, "seconds": time.time() - clock, "grad_norm": norm, "lr": lr}
-        row |= measure(torch.cat(logps), ref, args)
+        row |= measure(logps, ref, args)
         common.append(out / "metrics.jsonl", row)
         bar.set_postfix({k: f"{row[k]:.2f}" for k in ("loss", "accuracy", "margin", "logp_chosen")})
         if args.save_every and (step + 1) % args.save_every == 0:

@@ -74,9 +74,10 @@ def score_pairs(model, pairs):
 @torch.no_grad()
 def evaluate(model, pairs, args):
     """Held-out loss, accuracy and margin (RM.3), and the differences r_w - r_l."""
-    n = args.micro_batch_size
-    scores = [score_pairs(model, pairs[i : i + n]) for i in range(0, len(pairs), n)]
-    chosen, rejected = (torch.cat(side).cpu() for side in zip(*scores))
+    scores = torch.empty(len(pairs), 2)
+    for where, part in common.by_length(pairs, args.micro_batch_size):
+        scores[where] = torch.stack(score_pairs(model, part), 1).cpu()
+    chosen, rejected = scores.T
     difference = chosen - rejected
     stats = {
         "loss": bradley_terry_loss(chosen, rejected).item(),
@@ -107,7 +108,7 @@ def parse_args(argv=None):
     elif args.temperature == 0:
         common.fail("--temperature must be above 0: two greedy answers are the same")
     data = "prompts.jsonl" if args.collect else "preferences.jsonl"
-    common.defaults(args, adapter="sft", data=data)
+    common.defaults(args, adapter="sft", data=data, micro=4)
     return args
 
 
@@ -154,8 +155,7 @@ def main(argv=None):
         batch = [pairs[i] for i in next(order)]
         # 2. the gradient of (RM.2), micro-batch by micro-batch
         loss, differences = 0.0, []
-        for i in range(0, len(batch), args.micro_batch_size):
-            part = batch[i : i + args.micro_batch_size]
+        for _, part in common.by_length(batch, args.micro_batch_size):
             chosen, rejected = score_pairs(model, part)
             part_loss = bradley_terry_loss(chosen, rejected, args.margin, args.center)
             part_loss = part_loss * len(part) / len(batch)

@@ -101,7 +101,7 @@ def parse_args(argv=None):
     p.add_argument("--warmup", type=common.share, default=0.05, help="share of the steps (0.05)")
     p.add_argument("--max-new-tokens", type=common.whole, default=128, help="of an answer (128)")
     args = p.parse_args(argv)
-    common.defaults(args, adapter=None, data="demonstrations.jsonl")
+    common.defaults(args, adapter=None, data="demonstrations.jsonl", micro=4)
     return args
 
 
@@ -138,8 +138,7 @@ def main(argv=None):
         # 2. the gradient of (SFT.1); micro-batches weigh as many tokens as they hold
         loss = 0.0
         with lora.use_adapter(model, "policy"):
-            for i in range(0, len(batch), args.micro_batch_size):
-                part = batch[i : i + args.micro_batch_size]
+            for _, part in common.by_length(batch, args.micro_batch_size):
                 ids, attention, labels = collate(part, model.device)
                 logits = model(**common.inputs(ids, attention)).logits
                 share = sum(len(response) for _, response in part) / tokens

@@ -469,3 +469,21 @@ def test_a_merged_reward_model_is_a_reward_for_the_next_run(house):
     assert sorted(p.name for p in Path().iterdir()) == ["scorer"]
     ppo.main(arguments("ppo", *RUN, "--reward", "scorer"))
     check_run("ppo", Path("out"), "tiny/model")
+
+
+@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo"])
+def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(script, house):
+    """Rows of all lengths; the default of tiny leaves one row over."""
+    data = write(Path("data.jsonl"), [
+        {"prompt": f"q{i}", "response": "yes" * (i + 1), "chosen": "good" * (i + 1),
+         "rejected": "no" * (10 - i), "split": "train" if i else "test"} for i in range(10)])
+    runs = {}
+    for rows in ("", "1", "3", "9"):
+        argv = ["--data", data, "--steps", "1", "--batch-size", "9", "--out", f"o{rows}"]
+        argv += ["--micro-batch-size", rows] if rows else []
+        SCRIPTS[script].main(arguments(script, *argv))
+        [row] = lines(Path(f"o{rows}", "metrics.jsonl"))
+        runs[rows] = [row["loss"], row["grad_norm"]]
+    assert runs[""] == pytest.approx(runs["9"], rel=1e-4)
+    assert runs["1"] == pytest.approx(runs["9"], rel=1e-4)
+    assert runs["3"] == pytest.approx(runs["9"], rel=1e-4)

@@ -86,6 +86,16 @@ def test_logits_of_response_states_equal_the_slice_of_the_full_logits(model):
     assert torch.allclose(got, full[:, -4:-1], atol=1e-6)
 
 
+def test_by_length_gives_every_row_once_the_shortest_first():
+    """By the prompt and the longer answer, whatever else stands in a row."""
+    tokens = ((3, 2, 1), (1, 1, 1), (1, 2, 8), (1, 0, 1))
+    rows = [({}, [1] * p, [2] * w, [3] * l) for p, w, l in tokens]
+    parts = list(common.by_length(rows, 3))
+    assert [where.tolist() for where, _ in parts] == [[1, 3, 0], [2]]
+    assert [row for _, part in parts for row in part] == [rows[1], rows[3], rows[0], rows[2]]
+    assert [where.tolist() for where, _ in common.by_length([([1], [1]), ([1], [])], 2)] == [[1, 0]]
+
+
 def test_micro_batches_hold_the_real_tokens_of_the_given_rows_and_little_else():
     mask = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]])
     ids, adv = torch.arange(28).view(4, 7), torch.tensor([3.0, 2.0, 1.0, 0.0])  # prompts of 3
