@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -155,7 +156,7 @@ def defaults(args, adapter, data, micro=None):
     if "reward" in args and args.reward is None and tiny:
         args.reward = str(TINY / "reward_model")
     if "temperature" in args and args.temperature == 0:
-        fail("--temperature must be above 0: log-probabilities are taken at it too")
+        fail("--temperature must be above 0: at 0 all answers to a prompt are the same one")
     rows = args.micro_batch_size
     if rows and args.batch_size % min(rows, args.batch_size):
         fail(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {rows}")
@@ -166,8 +167,8 @@ def defaults(args, adapter, data, micro=None):
 
 def check_room(args):
     if getattr(args, "max_new_tokens", 0) >= args.max_length:
-        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in a length of "
-             f"{args.max_length} (--max-length, or what the model can read)")
+        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the "
+             f"{args.max_length} tokens that the script, with --max-length, or the model allows")
 
 
 # ------------------------------------------------------------------------------ model, tokenizer
@@ -219,6 +220,12 @@ def load_pretrained(auto, name, args, dtype, **extra):
     return model
 
 
+def readable(model, length):
+    """`length`, or as many tokens as the model has positions for."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(length, positions or length)
+
+
 def load_model(args):
     """(model, tokenizer). The model is in eval mode and stays there: dropout, which GPT-2's config
     ships at .1, would make two log-probabilities of the same token differ."""
@@ -230,8 +237,7 @@ def load_model(args):
     if getattr(args, "grad_checkpoint", False):
         checkpoint_layers(model)
     if hasattr(args, "max_length"):
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        args.max_length = min(args.max_length, positions or args.max_length)
+        args.max_length = readable(model, args.max_length)
         check_room(args)
     end = end_of_turn(tokenizer)
     if end is None:
@@ -312,15 +318,17 @@ def adapter_base(folder):
     """The model that the adapter in `folder` belongs to."""
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
-        return config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as problem:
-        fail(f"{folder} holds no adapter: adapter_config.json cannot be read ({problem!r})")
+        return os.fspath(config["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        fail(f"{folder} names no base model: adapter_config.json cannot be read ({problem!r})")
 
 
 def start_adapter(model, name, args):
     """Adds the trainable adapter `name`: --adapter if given, else a new one of the LoRA flags."""
     if args.adapter:
         load_adapter(model, name, args.adapter, trainable=True)
+        if isinstance(model.get_output_embeddings(), lora.LoRALinear):
+            fail(f"--adapter {args.adapter} adapts the output head, which no script here can train")
         if name == "policy" and name in getattr(model, "heads", {}):
             fail(f"--adapter {args.adapter} is a reward model; give what sft.py or a script after "
                  "it wrote")
@@ -683,8 +691,10 @@ def parse_row(row):
 
 def is_text(value):
     """Whether a parsed value is a text, or a list of messages, and not empty."""
-    texts = [turn["content"] for turn in value] if isinstance(value, list) else [value]
-    return bool(value) and all(isinstance(text, str) for text in texts)
+    if isinstance(value, list):
+        turns = [turn.get("content") if isinstance(turn, dict) else None for turn in value]
+        return bool(turns) and all(isinstance(text, str) for text in turns)
+    return isinstance(value, str) and value != ""
 
 
 def read_data(spec):
@@ -699,6 +709,8 @@ def read_data(spec):
     try:
         if builder:
             datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
+            if builder == "json":  # which datasets decodes row by row, much later
+                path.read_text(encoding="utf-8")
             data = datasets.load_dataset(builder, data_files=str(path), split="train")
         elif path.is_dir():
             data = datasets.load_from_disk(str(path))
@@ -799,13 +811,15 @@ def load_reward(spec, model, tokenizer, args):
     if not hasattr(other, "score"):
         fail(f"--reward {spec} is no decoder with a scalar head named score")
     other.to(model.device).eval()
+    end, room = end_of_turn(reader), readable(other, args.max_length)
+    if end is None:
+        fail(f"the tokenizer of --reward {spec} has no EOS token, by which it would know an end")
 
     def reward(ids, attention, prompts, responses, rows):
         pairs = []
         for prompt, response in zip(prompts, responses):
             text = reader(response, add_special_tokens=False).input_ids
-            pair = encode_prompt(reader, prompt) + text + [end_of_turn(reader)]
-            pairs.append(pair[-args.max_length :])
+            pairs.append((encode_prompt(reader, prompt) + text + [end])[-room:])
         ids, attention = pad(pairs, "right", model.device)
         hidden = other.base_model(**inputs(ids, attention)).last_hidden_state
         return other.score(hidden[torch.arange(len(ids)), attention.sum(1) - 1]).squeeze(-1).float()
@@ -853,7 +867,9 @@ def function_reward(spec):
 
 
 def free_folder(args, script):
-    """The folder of the run, not made yet: --out, or the next free runs/<script>."""
+    """The folder of the run, not made yet: --out, or the next free runs/<script>. Until it is,
+    Ctrl-C ends in one line."""
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted; nothing was written"))
     if args.out:
         out = Path(args.out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -914,7 +930,7 @@ def print_table(title, before, after):
 def print_ceiling(rows, accuracy):
     """Prints how often always guessing the likelier answer agrees with a fresh label, where the
     data rows state how sure the labeller was: no judge does better."""
-    sure = [row["p_chosen"] for row in rows if row.get("p_chosen") is not None]
+    sure = [row["p_chosen"] for row in rows if isinstance(row.get("p_chosen"), (int, float))]
     if len(sure) == len(rows):
         ceiling = sum(max(p, 1 - p) for p in sure) / len(sure)
         reached = f"reached: {accuracy / ceiling:.1%}"

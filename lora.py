@@ -283,9 +283,9 @@ def load_adapter(model, name, folder, trainable=False):
             raise FileNotFoundError(f"{folder} holds no adapter: {file} is missing")
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-        rank, alpha = config["r"], config["lora_alpha"]
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (ValueError, KeyError, SafetensorError) as problem:
+    except (ValueError, KeyError, TypeError, SafetensorError) as problem:
         raise ValueError(f"the adapter in {folder} is damaged: {problem!r}") from None
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds a {config.get('peft_type')} adapter, not LoRA")
@@ -309,6 +309,8 @@ def load_adapter(model, name, folder, trainable=False):
         A, B = (tensors[f"base_model.model.{path}.lora_{which}.weight"] for which in "AB")
         if A.shape != (rank, inside) or B.shape != (outside, rank):
             raise ValueError(f"{folder} does not fit this model: {path} has other sizes")
+    if head is not None and head.shape != (1, model.get_output_embeddings().weight.shape[1]):
+        raise ValueError(f"{folder} has a head of shape {list(head.shape)}, not one score a text")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank  # (LORA.2)
     for path, layer in layers.items():
         layer.add(name, rank, scale, config.get("lora_dropout", 0.0), trainable)
@@ -426,7 +428,7 @@ def main(argv=None):
             inspect(model, "adapter")
         else:
             merge(model, tokenizer, common.stop_ids(model, tokenizer), Path(args.out))
-    except (FileNotFoundError, ValueError) as problem:
+    except (OSError, ValueError) as problem:
         common.fail(problem)
 
 

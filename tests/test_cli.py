@@ -10,6 +10,7 @@ import pytest
 import torch
 from byte_tokenizer import SIZE, byte_tokenizer
 from conftest import TARGETS, toy
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
@@ -174,11 +175,11 @@ def test_wrong_columns_are_listed_beside_the_accepted_ones(script, capsys, house
     assert "colour" in error and "prompt, chosen, rejected" in error
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2\n", "\x00\x01"])
+@pytest.mark.parametrize("text", [b"", b"{", b"[1, 2\n", b"\x00\x01", b'{"prompt": "caf\xe9"}\n'])
 def test_a_data_file_that_cannot_be_read(text, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    Path("d.jsonl").write_text(text)
+    Path("d.jsonl").write_bytes(text)
     assert "d.jsonl" in refusal("sft", ["--data", "d.jsonl"], capsys)
 
 
@@ -221,8 +222,9 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(script, capsys,
 
 
 @pytest.mark.parametrize("file, content", [
-    ("adapter_config.json", ""), ("adapter_config.json", "{}"),
+    ("adapter_config.json", ""), ("adapter_config.json", "{}"), ("adapter_config.json", "[]"),
     ("adapter_config.json", '{"peft_type": "LORA"}'), ("adapter_model.safetensors", ""),
+    ("adapter_config.json", '{"base_model_name_or_path": null, "r": 2, "lora_alpha": null}'),
     ("adapter_model.safetensors", "not a tensor, but more than eight bytes"),
 ])
 def test_a_damaged_adapter_is_named(file, content, capsys, house):
@@ -232,6 +234,17 @@ def test_a_damaged_adapter_is_named(file, content, capsys, house):
     Path("bad", file).write_text(content)
     assert "bad" in refusal("sft", arguments("sft", "--adapter", "bad"), capsys)
     assert "bad" in refusal("ppo", arguments("ppo", "--reward", "bad"), capsys)
+
+
+def test_a_head_of_several_scores_is_refused(capsys, house):
+    Path("bad").mkdir()
+    config = (house / "reward_model/adapter_config.json").read_bytes()
+    Path("bad/adapter_config.json").write_bytes(config)
+    tensors = load_file(house / "reward_model/adapter_model.safetensors")
+    head = "base_model.model.score.weight"
+    tensors[head] = tensors[head].repeat(2, 1)
+    save_file(tensors, "bad/adapter_model.safetensors")
+    assert "not one score" in refusal("ppo", arguments("ppo", "--reward", "bad"), capsys)
 
 
 @EVERY

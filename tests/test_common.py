@@ -678,6 +678,14 @@ def test_a_row_without_its_text_is_dropped_and_data_of_such_rows_refused(
     assert error.count("\n") == 1 and "prompt, response, split" in error
 
 
+@pytest.mark.parametrize("value, text", [
+    ("a", True), ("", False), (None, False), (4, False), ([], False), (["a"], False), ([[]], False),
+    ([{"content": "a"}], True), ([{"content": None}], False), ([{"role": "user"}], False),
+])
+def test_what_is_no_text_is_told_without_an_exception(value, text):
+    assert common.is_text(value) is text
+
+
 def test_messages_keep_their_role_and_content_only():
     """`datasets` fills absent columns with None, and Llama's template looks whether they exist."""
     turns = [{"role": "user", "content": "q", "tool_calls": None}, {**BOT, "tool_calls": None}]
