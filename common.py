@@ -43,7 +43,8 @@ transformers.utils.logging.set_verbosity_error()
 
 
 def fail(message):
-    """Ends the program with one line on stderr and exit code 2."""
+    """Ends the program with one line on stderr and exit code 2; Ctrl-C is Python's own again."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
@@ -167,8 +168,8 @@ def defaults(args, adapter, data, micro=None):
 
 def check_room(args):
     if getattr(args, "max_new_tokens", 0) >= args.max_length:
-        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the "
-             f"{args.max_length} tokens that the script, with --max-length, or the model allows")
+        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in a length of "
+             f"{args.max_length} (--max-length, or what the model can read)")
 
 
 # ------------------------------------------------------------------------------ model, tokenizer
@@ -709,9 +710,8 @@ def read_data(spec):
     try:
         if builder:
             datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
-            if builder == "json":  # which datasets decodes row by row, much later
-                path.read_text(encoding="utf-8")
             data = datasets.load_dataset(builder, data_files=str(path), split="train")
+            data.data.validate(full=True)  # text that is no UTF-8 would fail row by row, much later
         elif path.is_dir():
             data = datasets.load_from_disk(str(path))
         else:

@@ -247,6 +247,23 @@ def test_a_head_of_several_scores_is_refused(capsys, house):
     assert "not one score" in refusal("ppo", arguments("ppo", "--reward", "bad"), capsys)
 
 
+def test_an_adapter_of_the_output_head_is_refused(capsys, house):
+    Path("bad").mkdir()
+    config = (house / "sft/adapter_config.json").read_bytes()
+    Path("bad/adapter_config.json").write_bytes(config)
+    tensors = load_file(house / "sft/adapter_model.safetensors")
+    width = next(A.shape[1] for key, A in tensors.items() if ".lora_A." in key)
+    head = "base_model.model.lm_head.lora_{}.weight"
+    tensors |= {head.format("A"): torch.ones(4, width), head.format("B"): torch.ones(SIZE, 4)}
+    save_file(tensors, "bad/adapter_model.safetensors")
+    assert "output head" in refusal("ppo", arguments("ppo", "--adapter", "bad"), capsys)
+
+
+def test_a_refusal_gives_ctrl_c_back(capsys, house):
+    refusal("ppo", arguments("ppo", "--adapter", "nowhere"), capsys)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @EVERY
 def test_unknown_lora_targets_are_named(script, capsys, house):
     argv = arguments(script, "--adapter", "none", "--lora-targets", "no_such_layer")
