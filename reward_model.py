@@ -7,7 +7,7 @@
 
 (RM.1) leaves a function of x in r free; the centring term c of (RM.2) holds it near 0 (Eisenstein
 et al. 2023, arXiv:2312.09244, Eq. 2). The model is the SFT model with a scalar head N(0, 1/(d+1))
-that reads the last real token, the EOS. It starts at random, with L near ln 2.
+that reads the last real token, the EOS. It starts at random, with L around ln 2.
 
 People disagree, so accuracy has a ceiling below 1. Where the data state how sure the labeller was
 (a column `p_chosen`), the ceiling is printed beside the accuracy. Calibration: of the pairs that
@@ -93,7 +93,7 @@ def evaluate(model, pairs, args):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=600, batch_size=32, lr=(3e-3, 1e-4))
+    p = common.flags(__doc__, steps=400, batch_size=32, lr=(1e-3, 1e-4))
     p.add_argument("--margin", type=common.amount, default=0.0, help="m of the loss (0)")
     p.add_argument("--center", type=common.amount, default=0.01, help="c of the loss (0.01)")
     p.add_argument("--warmup", type=common.share, default=0.05, help="share of the steps (0.05)")

@@ -6,9 +6,10 @@ import re
 from statistics import mean
 
 import pytest
+import torch
 from conftest import ROOT
 
-from tiny import world
+from tiny import build, world
 
 KINDS = ("technical", "plain", "analogy", "closing")
 ROWS = world.prompts()
@@ -110,6 +111,61 @@ def test_each_flaw_lowers_the_score_on_average(flaw):
     assert min(differences) > -1e-9 or mean(d < -1e-9 for d in differences) < 0.1
 
 
+def test_a_missing_part_is_missing_whole():
+    rng = random.Random(0)
+    for name in NAMES * 4:
+        clean = world.compose(name, "friendly", rng)
+        left = world.missing_part(clean, name, rng)
+        kinds = {world.lookup(s)[0] for s in clean}
+        assert len({world.lookup(s)[0] for s in left}) == len(kinds) - 1
+        assert gold(name, left) <= 0.75 * gold(name, clean) + 1e-9
+
+
+def test_a_garbled_answer_has_one_or_two_sentences_that_nobody_wrote():
+    rng, found = random.Random(0), set()
+    for name in NAMES * 4:
+        clean = world.compose(name, "friendly", rng)
+        damaged = world.garbled(clean, name, rng)
+        changed = [b for a, b in zip(clean, damaged, strict=True) if a != b]
+        unknown = [s for s in changed if world.lookup(s)[0] == "unknown"]
+        found.add(len(changed))
+        assert len(unknown) >= 0.5 * len(changed)
+    assert found <= {0, 1, 2} and {1, 2} <= found
+
+
+# ------------------------------------------------------------------------------ the ranking stage
+
+
+def test_the_base_ranks_whole_against_broken_and_is_told_nothing_of_taste():
+    """Training prompts only; what is broken has a sentence that nobody wrote, one about another
+    topic, or one twice."""
+    rng, train = random.Random(0), {r["prompt"] for r in ROWS if r["split"] == "train"}
+    for _ in range(300):
+        prompt, whole, broken = build.whole_and_broken(rng)
+        assert prompt in train and world.on_topic(prompt, whole)
+        found = [world.lookup(s) for s in world.split_sentences(broken)]
+        strange = [about for _, about, _ in found if about not in (None, world.topic_of(prompt))]
+        unknown = [kind for kind, *_ in found if kind == "unknown"]
+        twice = len(world.split_sentences(broken)) > len(set(world.split_sentences(broken)))
+        assert strange or unknown or twice or whole == broken
+
+
+def test_the_gradient_of_the_ranking_does_not_depend_on_the_micro_batches():
+    model, tokenizer = build.load_base()
+    gradients, shares = [], []
+    for rows in (2, 6):
+        torch.manual_seed(0)
+        ranking = build.Ranking(tokenizer, random.Random(0), pairs=6, rows=rows)
+        model.zero_grad()
+        shares.append(ranking.backward(model))
+        weights = (ranking.head.weight, model.model.embed_tokens.weight)
+        gradients.append([w.grad.clone() for w in weights])
+    assert shares[0] == shares[1]
+    for a, b in zip(*gradients):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------ the score
 
 
@@ -118,27 +174,30 @@ def test_parts_of_the_score_add_up_by_hand():
     opener, one, two, like, asks = honest(name)
     technical = world.TOPICS[name]["technical"]
     expected = [
-        ([one], 0.175),
-        ([one, two], 0.35),
+        ([one], 0.25),
+        ([one, two], 0.25),
         ([like], 0.25),
-        ([one, like], 0.425),
+        ([one, like], 0.5),
+        ([opener, one, like, asks], 1.0),
         ([opener, one, two, like, asks], 1.0),
-        ([technical[0]], 0.0875 * 0.7),
-        (technical[:2], 0.175 * 0.7 * 0.7),
-        ([one, asks], 0.425),
-        ([asks, one], 0.175 * 0.6),
-        ([one, opener], 0.175 * 0.6),
-        (["Picture this: " + one, two], 0.35),
-        (["Picture this: " + one, "Picture this: " + two], 0.35 * 0.6),
-        ([one, one], 0.175 * 0.4),
-        ([one, "It is made of cheese."], 0.175 * 0.4),
-        ([one, world.FILLERS[0]], 0.175 * 0.6),
-        ([one, world.TOPICS[NAMES[1]]["plain"][0]], 0.175 * 0.3),
+        ([opener, technical[0], like, asks], 0.875 * 0.7),
+        ([opener, like, asks], 0.75),
+        ([technical[0]], 0.125 * 0.7),
+        (technical[:2], 0.25 * 0.7 * 0.7),
+        ([one, asks], 0.5),
+        ([asks, one], 0.25 * 0.6),
+        ([one, opener], 0.25 * 0.6),
+        (["Picture this: " + one, two], 0.25),
+        (["Picture this: " + one, "Picture this: " + two], 0.25 * 0.6),
+        ([one, one], 0.25 * 0.4),
+        ([one, "It is made of cheese."], 0.25 * 0.4),
+        ([one, world.FILLERS[0]], 0.25 * 0.6),
+        ([one, world.TOPICS[NAMES[1]]["plain"][0]], 0.25 * 0.3),
     ]
     for sentences, score in expected:
         assert gold(name, sentences) == pytest.approx(score), sentences
     seven = world.TOPICS[name]["plain"][:6] + [like]
-    assert gold(name, seven) == pytest.approx(0.6 * 0.7)
+    assert gold(name, seven) == pytest.approx(0.5 * 0.7)
 
 
 def test_the_honest_answer_scores_one_for_every_prompt():

@@ -131,11 +131,12 @@ def compose(topic, style, rng):
 
 
 def off_topic(sentences, topic, rng):
-    """One or two sentences, at least, come from another topic."""
+    """One or two sentences come from another topic, each of the kind of the one it replaces."""
     other = TOPICS[rng.choice([name for name in TOPICS if name != topic])]
     out = list(sentences)
     for _ in range(rng.randint(1, 2)):
-        out[rng.randrange(len(out))] = rng.choice(other["plain"] + other["technical"])
+        i = rng.randrange(len(out))
+        out[i] = rng.choice(other.get(lookup(out[i])[0], other["plain"]))
     return out
 
 
@@ -154,10 +155,12 @@ def jargon(sentences, topic, rng):
 
 
 def repetition(sentences, topic, rng):
-    """One sentence said again, once or more often."""
+    """One sentence said again, at once or later, once or twice."""
     out = list(sentences)
     i = rng.randrange(len(out))
-    return out[: i + 1] + [out[i]] * rng.randint(1, 3) + out[i + 1 :]
+    for _ in range(rng.choice([1, 1, 2])):
+        out.insert(rng.randint(i + 1, len(out)), out[i])
+    return out
 
 
 def abrupt(sentences, topic, rng):
@@ -177,24 +180,22 @@ def rambling(sentences, topic, rng):
 
 
 def missing_part(sentences, topic, rng):
-    """One of the parts is gone: the greeting, the comparison, the question, or the plain facts; of
-    these sometimes all but one."""
+    """One of the parts is gone: the greeting, the comparison, the question, or the plain facts."""
     kinds = [lookup(s)[0] for s in sentences]
     gone = rng.choice(sorted(set(kinds)))
-    spared = kinds.index("plain") if gone == "plain" and rng.random() < 0.5 else None
-    out = [s for i, (s, kind) in enumerate(zip(sentences, kinds)) if kind != gone or i == spared]
+    out = [s for s, kind in zip(sentences, kinds) if kind != gone]
     return out if len(out) < len(sentences) else out[:-1]
 
 
 def garbled(sentences, topic, rng):
-    """One sentence ends in the words of another."""
+    """One or two sentences end in the words of another."""
     out = list(sentences)
-    i = rng.randrange(len(out))
-    other = TOPICS[rng.choice([topic, rng.choice(list(TOPICS))])]
-    tail = rng.choice(other["plain"] + other["analogy"] + other["closing"]).split()
-    head = out[i].split()
-    head = head[: rng.randint(1, max(1, len(head) - 2))]
-    out[i] = " ".join(head + tail[rng.randint(1, len(tail) - 2) :])
+    for i in rng.sample(range(len(out)), min(len(out), rng.randint(1, 2))):
+        other = TOPICS[rng.choice([topic, rng.choice(list(TOPICS))])]
+        tail = rng.choice(other["plain"] + other["analogy"] + other["closing"]).split()
+        head = out[i].split()
+        head = head[: rng.randint(1, max(1, len(head) - 2))]
+        out[i] = " ".join(head + tail[rng.randint(1, len(tail) - 2) :])
     return out
 
 
@@ -244,12 +245,11 @@ def split_sentences(text):
 def gold_score(prompt, response):
     """How much a person would like `response` as an answer to `prompt` for a child, in [0, 1].
 
-    Parts, added up:
-        0.35  explains: two different plain facts about the topic asked for; a technical fact
-              counts half a plain one
-        0.25  an analogy about the topic
-        0.15  speaks to the child: opens with a greeting
-        0.25  ends well: the last sentence is a question back to the child, about the topic
+    Parts, a quarter each:
+        explains: a plain fact about the topic asked for; a technical one is half of that
+        compares: an analogy about the topic
+        speaks to the child: opens with a greeting
+        ends well: the last sentence is a question back to the child, about the topic
     Faults, each multiplying the sum:
         0.3   a sentence about another topic
         0.4   a sentence that is not in the world (made up, garbled, cut off)
@@ -284,9 +284,8 @@ def gold_score(prompt, response):
     count = list(seen.values()).count
     if topic is None or not any(count(kind) for kind in FACTS):
         return 0.0
-    explains = min(1.0, (count("plain") + 0.5 * count("technical")) / 2)
-    parts = 0.35 * explains + 0.25 * bool(count("analogy"))
-    parts += 0.15 * bool(count("opener")) + 0.25 * bool(count("closing"))
+    explains = min(1.0, count("plain") + 0.5 * count("technical"))
+    parts = (explains + sum(bool(count(kind)) for kind in ("analogy", "opener", "closing"))) / 4
     return parts * faults
 
 
