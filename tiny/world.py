@@ -140,9 +140,9 @@ def off_topic(sentences, topic, rng):
     return out
 
 
-def another_prompt(sentences, topic, rng):
+def another_prompt(sentences, topic, rng, style="friendly"):
     """A good answer to a question that was not asked."""
-    return compose(rng.choice([name for name in TOPICS if name != topic]), "friendly", rng)
+    return compose(rng.choice([name for name in TOPICS if name != topic]), style, rng)
 
 
 def jargon(sentences, topic, rng):
