@@ -76,6 +76,19 @@ def test_every_topic_has_prompts_in_both_splits():
         assert {r["topic"] for r in ROWS if r["split"] == split} == set(NAMES)
 
 
+def test_a_held_out_question_names_its_topic_by_a_word_that_is_read_in_training():
+    """Else nobody who knows only this world could tell what it is about."""
+    for name, topic in world.TOPICS.items():
+        texts = [s for kind in (*world.FACTS, "closing") for s in topic[kind]]
+        texts += [r["prompt"] for r in ROWS if r["topic"] == name and r["split"] == "train"]
+        read = " ".join(texts).lower()
+        asked = [r["prompt"].lower() for r in ROWS if r["topic"] == name and r["split"] == "test"]
+        for question in asked:
+            words = [rf"\b{re.escape(k)}\b" for k in topic["keywords"]]
+            named = [w for w in words if re.search(w, question)]
+            assert max(len(re.findall(w, read)) for w in named) >= 3, question
+
+
 # ------------------------------------------------------------------------------ the grammar
 
 

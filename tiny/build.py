@@ -334,22 +334,25 @@ def pair_of(asked, other, pools, rng):
     return good, damaged or pools[asked["prompt"]][-1], flaw.__name__
 
 
-def build_preferences():
-    """Pairs, each judged once by a labeller who prefers a to b with probability
+def judged_pairs(split, n, rng):
+    """n pairs, each judged once by a labeller who prefers a to b with probability
     sigmoid((gold(a) - gold(b)) / LABEL_TEMPERATURE)."""
-    rng, rows = random.Random(3), []
-    for split, n in (("train", 4600), ("test", 1000)):
-        pools, prompts = answer_pools(split, each=24), draw(split, n, rng)
-        for asked in prompts:
-            other = rng.choice([row for row in prompts if row["topic"] != asked["topic"]])
-            a, b, made = pair_of(asked, other, pools, rng)
-            gold_a, gold_b = (world.gold_score(asked["prompt"], x) for x in (a, b))
-            p = 1 / (1 + math.exp((gold_b - gold_a) / LABEL_TEMPERATURE))
-            if rng.random() > p:
-                a, b, p = b, a, 1 - p
-            rows.append(dict(prompt=asked["prompt"], chosen=a, rejected=b, p_chosen=round(p, 4),
-                             made=made, split=split))
-    write("preferences.jsonl", rows)
+    pools, prompts, rows = answer_pools(split, each=24), draw(split, n, rng), []
+    for asked in prompts:
+        other = rng.choice([row for row in prompts if row["topic"] != asked["topic"]])
+        a, b, made = pair_of(asked, other, pools, rng)
+        gold_a, gold_b = (world.gold_score(asked["prompt"], x) for x in (a, b))
+        p = 1 / (1 + math.exp((gold_b - gold_a) / LABEL_TEMPERATURE))
+        if rng.random() > p:
+            a, b, p = b, a, 1 - p
+        rows.append(dict(prompt=asked["prompt"], chosen=a, rejected=b, p_chosen=round(p, 4),
+                         made=made, split=split))
+    return rows
+
+
+def build_preferences():
+    train = judged_pairs("train", 4600, random.Random(3))
+    write("preferences.jsonl", train + judged_pairs("test", 1000, random.Random(13)))
 
 
 # ------------------------------------------------------------------------------ stages
