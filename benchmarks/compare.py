@@ -5,8 +5,8 @@
     python benchmarks/compare.py --quick    14 steps, one seed, one --beta: to see that it works
 
 All start from tiny/sft and look at 3200 answers, in 200 steps of 16, dpo at as many labelled pairs.
-Three seeds with default flags, seed 0 with another --beta, and one PPO run without a KL penalty
-that goes on for too long.
+The other flags are the defaults: three seeds, seed 0 with another --beta, and one PPO run without a
+KL penalty that goes on for too long.
 Every policy is judged from outside by tiny/judge.py, on held-out prompts: by the reward model it
 was trained on (score) and by the hidden preference it never saw (gold).
 
@@ -42,9 +42,9 @@ def plan(args):
     """{name: command line} of all training runs, the longest first: no core waits at the end."""
     steps, seeds = (14, (0,)) if args.quick else (200, (0, 1, 2))
     runs = {"ppo-long": ["ppo.py", "--beta", "0", "--steps", str(2 * steps),
-                         "--save-every", str(math.ceil(steps / 10))]}
+                         "--save-every", str(math.ceil(steps / 5))]}
     for script, beta in ANOTHER_BETA.items():
-        same = [f"{script}.py", "--steps", str(steps)]
+        same = [f"{script}.py", "--steps", str(steps), "--batch-size", "16"]
         runs |= {f"{script}-seed{seed}": [*same, "--seed", str(seed)] for seed in seeds}
         if not args.quick:
             runs[f"{script}-beta{beta:g}"] = [*same, "--beta", str(beta)]
@@ -133,9 +133,9 @@ def main(argv=None):
         if not runs:
             raise SystemExit(f"error: no run in {folder}; benchmarks/compare.md has a table")
     with ThreadPoolExecutor(args.jobs) as pool:
-        for job in tqdm([pool.submit(train, n, argv, folder, prompts) for n, argv in runs.items()]):
-            job.result()
-    best = best_of(folder, 8 if args.quick else 64)
+        jobs = [pool.submit(best_of, folder, 8 if args.quick else 64)]
+        jobs += [pool.submit(train, n, argv, folder, prompts) for n, argv in runs.items()]
+        best, *_ = [job.result() for job in tqdm(jobs)]
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name in runs}
     text = table(results, best)
     print(text)
