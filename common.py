@@ -103,7 +103,7 @@ def flags(doc, steps, batch_size, lr):
     add("--adapter", help="folder of the LoRA to start from, or none (tiny: what tiny/ ships)")
     add("--data", help="hub id[:split], .jsonl, .json, .csv, .parquet or folder (tiny: tiny/)")
     add("--out", help="folder of the run (runs/<script>, or the next free runs/<script>-2 ...)")
-    add("--steps", type=whole, default=steps, help=f"optimizer steps ({steps})")
+    add("--steps", type=whole, default=steps, help=f"batches to learn from ({steps})")
     add("--batch-size", type=whole, default=batch_size, help=f"rows a step ({batch_size})")
     add("--micro-batch-size", type=whole,
         help="rows a pass of the update (all; sft, reward_model, ppo, dpo with tiny: 4)")
@@ -401,7 +401,7 @@ def encode_prompt(tokenizer, prompt):
     if tokenizer.chat_template:
         return tokenizer(chat_text(tokenizer, turns), add_special_tokens=False).input_ids
     text = "".join(f"{t['role'].capitalize()}: {t['content']}\n\n" for t in turns) + "Assistant: "
-    ids = tokenizer(text).input_ids
+    ids = tokenizer(text, split_special_tokens=True).input_ids
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
 
 
@@ -414,8 +414,10 @@ def check_prompts(tokenizer, rows, room):
 
 
 def encode_response(tokenizer, response):
-    """Token ids of a response, with the end of turn."""
-    return tokenizer(response, add_special_tokens=False).input_ids + [end_of_turn(tokenizer)]
+    """Token ids of a response, with the end of turn. Text that spells a special token, like "</s>",
+    stays text: it would end the answer before its end."""
+    plain = tokenizer(response, add_special_tokens=False, split_special_tokens=True)
+    return plain.input_ids + [end_of_turn(tokenizer)]
 
 
 def encode_pair(tokenizer, prompt, response, max_length):
@@ -670,14 +672,15 @@ def parse_row(row):
                 out[side] = last["content"]
             elif isinstance(turns, str):
                 out[side] = turns
-        out["prompt"] = row.get("prompt", out.get("prompt"))
+        if len(out.get("prompt", ())) < 2:  # else the column `prompt` is one of several turns
+            out["prompt"] = row.get("prompt", out.get("prompt"))
     if row.get("messages"):
         *prompt, last = row["messages"]
         if last["role"] == "assistant" and prompt:
             out |= {"prompt": prompt, "response": last["content"]}
         else:
             out["prompt"] = row["messages"]
-    prompt = row.get("prompt", row.get("instruction"))
+    prompt = out.get("prompt") or row.get("prompt", row.get("instruction"))
     context = row.get("context", row.get("input"))
     if prompt is not None and "messages" not in row:
         out["prompt"] = f"{prompt}\n\n{context}" if context and "instruction" in row else prompt
@@ -811,15 +814,15 @@ def load_reward(spec, model, tokenizer, args):
     if not hasattr(other, "score"):
         fail(f"--reward {spec} is no decoder with a scalar head named score")
     other.to(model.device).eval()
-    end, room = end_of_turn(reader), readable(other, args.max_length)
-    if end is None:
+    room = readable(other, args.max_length)
+    if end_of_turn(reader) is None:
         fail(f"the tokenizer of --reward {spec} has no EOS token, by which it would know an end")
 
     def reward(ids, attention, prompts, responses, rows):
         pairs = []
         for prompt, response in zip(prompts, responses):
-            text = reader(response, add_special_tokens=False).input_ids
-            pairs.append((encode_prompt(reader, prompt) + text + [end])[-room:])
+            text = encode_prompt(reader, prompt) + encode_response(reader, response)
+            pairs.append(text[-room:])
         ids, attention = pad(pairs, "right", model.device)
         hidden = other.base_model(**inputs(ids, attention)).last_hidden_state
         return other.score(hidden[torch.arange(len(ids)), attention.sum(1) - 1]).squeeze(-1).float()
@@ -894,7 +897,7 @@ def start_run(out, args):
 
     def stop(*_):
         print(file=sys.stderr)  # below the progress bar
-        fail(f"interrupted; {out} keeps metrics and samples, but adapters only with --save-every")
+        fail(f"interrupted; {out} keeps what was written, adapters only with --save-every")
 
     signal.signal(signal.SIGINT, stop)
     return out
@@ -938,7 +941,7 @@ def print_ceiling(rows, accuracy):
 
 
 def plot_curves(out):
-    """Draws every number of metrics.jsonl against the steps: curves.png."""
+    """Draws the numbers that each row of metrics.jsonl has, against the steps: curves.png."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -135,7 +135,7 @@ def sample(model, tokenizer, rows, reward, args):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=32, lr=(1.5e-3, 3e-5))
+    p = common.flags(__doc__, steps=200, batch_size=16, lr=(1.5e-3, 3e-5))
     add, amount = p.add_argument, common.amount
     common.sampling_flags(p)  # of the samples that are looked at; nothing is learnt from them
     add("--beta", type=amount, default=0.4, help="KL weight, units of reward per nat (0.4)")

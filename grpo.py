@@ -15,13 +15,14 @@ For G answers y_1 .. y_G to a prompt, with scores r_1 .. r_G:
 
 Where the KL stands decides what is learnt. In the reward (GRPO.8) its gradient is that of
 KL(pi || pi_ref) over whole answers. In the loss, as in the paper, K_t has the gradient of the
-forward KL(pi_ref || pi) at that token; "k3-corrected" multiplies it by the ratio and "k2" is d^2/2,
-both with the gradient of KL(pi || pi_ref) at that token. None of the three sees how a token changes
-the KL of the tokens after it. benchmarks/closed_form.py shows where each of them ends.
+forward KL(pi_ref || pi) at that token; "k3-corrected" multiplies it by the token's ratio and "k2"
+is d^2/2, both with the gradient of KL(pi || pi_ref) at that token. None of the three sees how a
+token changes the KL of the tokens after it. benchmarks/closed_form.py shows where each ends.
 
 Dividing by the spread changes what is maximised: prompts with little spread weigh more (for scores
-0 and 1 with success rate p the objective becomes 2 arcsin sqrt p), and a KL in the loss weighs beta
-times the spread of the current policy, so its hold loosens as the answers become alike.
+0 and 1 with success rate p the objective becomes 2 arcsin sqrt p in a large group, though in one of
+4 it hardly differs from p), and a KL in the loss weighs beta times the spread of the current
+policy, so its hold loosens as the answers become alike.
 
 Left out on purpose: resampling of groups without spread (they are counted), an overlong penalty.
 
@@ -286,10 +287,12 @@ def main(argv=None):
         # 4. measure
         first = stats.pop("first")
         if step == 0:
+            why = "advantages sum to 0 in a group, their gradients do not; "  # in (GRPO.5)
+            why = why if args.loss in ("grpo", "gspo") and args.minibatches == 1 else ""
             tqdm.write(f"step 0, before any update: |ratio - 1| {first['ratio_error']:.1e}, clip "
                        f"fraction {first['clip_fraction']:g}, approx KL {first['approx_kl']:.1e}\n"
-                       f"loss {first['loss']:.1e}, grad norm {first['grad_norm']:.2f}: advantages "
-                       "sum to 0 in a group, their gradients do not; watch score, not loss")
+                       f"loss {first['loss']:.1e}, grad norm {first['grad_norm']:.2f}: {why}"
+                       "watch score, not loss")
         row = {"step": step, "seconds": time.time() - clock, "lr": lr}
         row |= batch["stats"] | stats
         row["zero_std_groups"] = int((batch["score"].view(-1, G).std(1) == 0).sum())

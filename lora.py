@@ -274,8 +274,8 @@ def load_adapter(model, name, folder, trainable=False):
     """Adds the adapter in `folder` (PEFT format, ours or peft's own) to `model` as `name`.
 
     Raises FileNotFoundError for a folder without an adapter, and ValueError for one that this file
-    does not cover (DoRA, per-layer ranks, trained biases) or that does not fit the model, and for a
-    name in use."""
+    does not cover (DoRA, PiSSA, per-layer ranks, trained biases) or that does not fit the model,
+    and for a name in use."""
     forbid(model, name)
     folder = Path(folder)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -292,6 +292,9 @@ def load_adapter(model, name, folder, trainable=False):
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias"):
         if config.get(key):
             raise ValueError(f"{folder} uses {key}, which lora.py does not cover")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq")):  # B A is beside another base then
+        raise ValueError(f"{folder} was started by {start}, which lora.py does not cover")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{folder} also trained biases, which lora.py does not cover")
     head = tensors.pop("base_model.model.score.weight", None)

@@ -14,10 +14,11 @@ One token is one action, the text so far is the state. With log-probabilities of
     (PPO.9)  beta <- beta (1 + 0.1 clip(KL / target - 1, -0.2, 0.2))       only with --kl-target
 
 The summed (log pi - log pi_ref) estimates KL(pi || pi_ref) of the answer without bias (k1). It is
-in the reward, detached: there its gradient is right, as a loss its gradient would be zero.
+in the reward, detached: there its gradient is right, as a loss it would be zero on average.
 
 The four models are one frozen base with adapters: "policy", "reference", "critic", "reward". The
-critic has an adapter of its own and starts as the reward model: policy and critic share no weight.
+critic has an adapter of its own and starts as the reward model, where there is one: policy and
+critic share no trained weight.
 
 Left out on purpose: an entropy bonus, whitening of rewards, and early stopping on KL.
 
@@ -227,6 +228,8 @@ def parse_args(argv=None):
         common.fail("--reward is needed: a folder, a hub id, or file.py:function")
     if args.kl_target == 0:
         common.fail("--kl-target must be above 0; for no penalty at all use --beta 0")
+    if args.kl_target and args.beta == 0:
+        common.fail("--kl-target multiplies --beta, which must be above 0 then")
     if args.batch_size % args.minibatches:
         common.fail(f"--batch-size {args.batch_size} is not a multiple of "
                     f"--minibatches {args.minibatches}")

@@ -126,6 +126,11 @@ def main(argv=None):
     before, texts_before = evaluate(model, "policy", tokenizer, test, test_pairs, args)
     out = common.start_run(out, args)
 
+    def save_samples(step, texts):
+        scores = [rouge_l(text, r["response"]) for text, r in zip(texts, test)]
+        common.save_samples(out, step, test, texts, scores)
+
+    save_samples(0, texts_before)
     parameters = lora.adapter_parameters(model, "policy")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     order = common.batches(len(pairs), args.batch_size, args.seed)
@@ -165,10 +170,7 @@ def main(argv=None):
             lora.save_adapter(model, "policy", out / f"step-{step + 1}")
 
     lora.save_adapter(model, "policy", out)
-    for step, texts in ((0, texts_before), (args.steps, texts_after)):
-        for r, text in zip(test, texts):
-            sample = {"step": step, "prompt": r["prompt"], "response": text}
-            common.append(out / "samples.jsonl", sample | {"score": rouge_l(text, r["response"])})
+    save_samples(args.steps, texts_after)
     common.print_samples(test, texts_before, texts_after)
     common.print_table(f"{len(test)} held-out prompts", before, after)
     common.finish(out, args)

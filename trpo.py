@@ -15,7 +15,7 @@ with the Fisher matrix F as its Hessian, so that the best step has the direction
 
     (TRPO.7)   F v = grad((grad D) . v)                  F itself is never formed
     (TRPO.8)   s = (F + damping)^-1 g                    by conjugate gradient
-    (TRPO.9)   length = sqrt(2 delta / s F s)            where 1/2 s F s is delta
+    (TRPO.9)   length = sqrt(2 delta / s F s)            where 1/2 length^2 s F s is delta
     (TRPO.10)  theta = theta_old + 0.8^j length s        the first j = 0, 1, ... at which L has
                                                          risen and D <= 1.2 delta, else none
     (TRPO.11)  L_V = mean 1/2 (V - G)^2                  the critic, by gradient descent
@@ -129,7 +129,7 @@ def flatten(tensors):
 def kl_slope(kl, params):
     """The gradient of the scalar `kl` by the tensors `params`: a vector that has a gradient itself.
     Needs an attention kernel that can be differentiated twice."""
-    return flatten(torch.autograd.grad(kl, params, create_graph=True))
+    return flatten(torch.autograd.grad(kl, params, create_graph=True, materialize_grads=True))
 
 
 def fisher_vector_product(kl, params, v, damping, slope=None):
@@ -140,7 +140,7 @@ def fisher_vector_product(kl, params, v, damping, slope=None):
     params), which all v have in common. Returns a vector. The graph stays, for the next v.
     Source: arXiv:1502.05477, appendix C.1; Pearlmutter 1994."""
     slope = kl_slope(kl, params) if slope is None else slope
-    product = torch.autograd.grad(slope @ v, params, retain_graph=True)
+    product = torch.autograd.grad(slope @ v, params, retain_graph=True, materialize_grads=True)
     return flatten(product) + damping * v  # (TRPO.7)
 
 
@@ -163,8 +163,8 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
 
 
 def step_length(sFs, max_kl):
-    """How far to go along s: the length at which 1/2 s F s is max_kl; 0 where s F s is not a
-    positive number. (TRPO.9)"""
+    """How far to go along s: the length at which 1/2 length^2 s F s is max_kl; 0 where s F s is not
+    a positive number. (TRPO.9)"""
     return (2 * max_kl / sFs) ** 0.5 if 0 < sFs < float("inf") else 0.0
 
 
@@ -288,7 +288,7 @@ def natural_step(model, parameters, old, batch, args):
     for b, share in parts(batch, everything, args):
         gain, _ = gain_of(model, b, args)
         (gain * share).backward()
-    g = flatten([p.grad for p in parameters])
+    g = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
     for p in parameters:
         p.grad = None
     graphs = kl_graphs(model, batch, everything[: args.fisher_rows], args)

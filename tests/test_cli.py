@@ -136,6 +136,7 @@ def test_a_bad_flag_of_sampling_is_named(script, argv, says, capsys, tmp_path, m
 @pytest.mark.parametrize("script, argv, says", [
     ("ppo", ["--batch-size", "8", "--minibatches", "3"], "--minibatches"),
     ("ppo", ["--kl-target", "0"], "--kl-target"),
+    ("ppo", ["--kl-target", "6", "--beta", "0"], "--beta"),
     ("ppo", ["--lam", "1.1"], "--lam"),
     ("trpo", ["--gamma", "2"], "--gamma"),
     ("grpo", ["--warmup", "5"], "--warmup"),

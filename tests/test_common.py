@@ -431,6 +431,15 @@ def test_a_tokenizer_that_closes_every_text_does_not_close_the_prompt():
     assert p == [BOS] + spell("User: q\n\nAssistant: ") and r == spell("a") + [EOS]
 
 
+@pytest.mark.parametrize("template, end", [(None, EOS), (CHAT, TURN)])
+def test_text_that_spells_a_special_token_is_text(template, end):
+    tokenizer, text = byte_tokenizer(template), "Write <eos> or <turn> here."
+    assert common.encode_response(tokenizer, text) == spell(text) + [end]
+    if template is None:
+        prompt = spell(f"User: {text}\n\nAssistant: ")
+        assert common.encode_prompt(tokenizer, text) == [BOS] + prompt
+
+
 def test_every_end_stops_generation(model):
     model.generation_config.eos_token_id = [2, 9]
     assert common.stop_ids(model, byte_tokenizer(CHAT)) == sorted({EOS, TURN, 2, 9})
@@ -490,6 +499,9 @@ LAYOUTS = {
     "UltraFeedback": ({"prompt": "q", "chosen": [USER, BOT], "rejected": [USER, BAD],
                        "score_chosen": 8.0, "score_rejected": 3.0},
                       {"prompt": "q", "chosen": "good", "rejected": "bad"}),
+    "several turns, the first as prompt": (
+        {"prompt": "q", "chosen": [*HH_TURNS, BOT], "rejected": [*HH_TURNS, BAD]},
+        {"prompt": HH_TURNS, "chosen": "good", "rejected": "bad"}),
     "message lists without prompt": ({"chosen": [*HH_TURNS, BOT], "rejected": [*HH_TURNS, BAD]},
                                      {"prompt": HH_TURNS, "chosen": "good", "rejected": "bad"}),
     "prompt alone": ({"prompt": "q", "topic": "t"}, {"prompt": "q"}),

@@ -430,6 +430,7 @@ def test_a_layer_with_only_one_of_A_and_B_is_refused(kind, targets, tmp_path):
 
 @pytest.mark.parametrize("change", [
     {"peft_type": "IA3"}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}},
+    {"init_lora_weights": "pissa_niter_4"},
 ])
 def test_what_is_not_covered_is_refused(model, targets, tmp_path, change):
     lora.add_adapter(model, "a", targets=targets)

@@ -333,7 +333,7 @@ class Letters:
 
     chat_template, eos_token_id = None, 2
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
         ids = [3 + ord(c) % 61 for c in text]
         return Namespace(input_ids=[1] * add_special_tokens + ids)
 

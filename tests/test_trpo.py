@@ -463,6 +463,16 @@ def test_a_new_adapter_moves_in_B_only(policy):
     assert FvA.abs().max() < 1e-12
 
 
+def test_a_weight_that_has_no_part_in_the_answers_stays(policy):
+    """As an adapter in the vision tower of a model that reads texts only."""
+    model, parameters, old, batch = policy
+    alone, _ = trpo.natural_step(*policy, flags())
+    idle = torch.nn.Parameter(torch.ones(3, dtype=parameters[0].dtype))
+    step, _ = trpo.natural_step(
+        model, [*parameters, idle], [*old, idle.detach().clone()], batch, flags())
+    assert torch.equal(step[:-3], alone) and not step[-3:].any()
+
+
 # ------------------------------------------------------------------------------ line search
 
 
