@@ -672,8 +672,8 @@ def parse_row(row):
                 out[side] = last["content"]
             elif isinstance(turns, str):
                 out[side] = turns
-        if len(out.get("prompt", ())) < 2:  # else the column `prompt` is one of several turns
-            out["prompt"] = row.get("prompt", out.get("prompt"))
+        if len(out.get("prompt", ())) < 2 or isinstance(row.get("prompt"), list):
+            out["prompt"] = row.get("prompt", out.get("prompt"))  # else a text, one of the turns
     if row.get("messages"):
         *prompt, last = row["messages"]
         if last["role"] == "assistant" and prompt:

@@ -287,8 +287,9 @@ def main(argv=None):
         # 4. measure
         first = stats.pop("first")
         if step == 0:
-            why = "advantages sum to 0 in a group, their gradients do not; "  # in (GRPO.5)
-            why = why if args.loss in ("grpo", "gspo") and args.minibatches == 1 else ""
+            why = ""
+            if args.loss in ("grpo", "gspo") and args.minibatches == 1:  # (GRPO.5), whole groups
+                why = "advantages sum to 0 in a group, their gradients do not; "
             tqdm.write(f"step 0, before any update: |ratio - 1| {first['ratio_error']:.1e}, clip "
                        f"fraction {first['clip_fraction']:g}, approx KL {first['approx_kl']:.1e}\n"
                        f"loss {first['loss']:.1e}, grad norm {first['grad_norm']:.2f}: {why}"

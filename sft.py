@@ -77,7 +77,7 @@ def collate(pairs, device):
 
 @torch.no_grad()
 def evaluate(model, name, tokenizer, rows, pairs, args):
-    """Held-out perplexity, ROUGE-L and stop rate of greedy answers, and these answers."""
+    """Held-out perplexity, ROUGE-L and stop rate of greedy answers; these; the ROUGE-L of each."""
     nll = tokens = 0
     with lora.use_adapter(model, name):
         for i in range(0, len(pairs), args.micro_batch_size):
@@ -90,7 +90,7 @@ def evaluate(model, name, tokenizer, rows, pairs, args):
             max_length=args.max_length)
     rouge = [rouge_l(text, row["response"]) for text, row in zip(texts, rows)]
     stats = {"perplexity": math.exp(nll / tokens), "rouge_l": sum(rouge) / len(rouge)}  # (SFT.2)
-    return stats | {"stop_rate": sum(stopped) / len(stopped)}, texts
+    return stats | {"stop_rate": sum(stopped) / len(stopped)}, texts, rouge
 
 
 # ------------------------------------------------------------------------------ flags
@@ -123,14 +123,10 @@ def main(argv=None):
     if not pairs or not test:
         common.fail(f"no demonstration fits into --max-length {args.max_length}")
     common.check_prompts(tokenizer, test, args.max_length - args.max_new_tokens)
-    before, texts_before = evaluate(model, "policy", tokenizer, test, test_pairs, args)
+    before, texts_before, rouge = evaluate(model, "policy", tokenizer, test, test_pairs, args)
     out = common.start_run(out, args)
 
-    def save_samples(step, texts):
-        scores = [rouge_l(text, r["response"]) for text, r in zip(texts, test)]
-        common.save_samples(out, step, test, texts, scores)
-
-    save_samples(0, texts_before)
+    common.save_samples(out, 0, test, texts_before, rouge)
     parameters = lora.adapter_parameters(model, "policy")
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     order = common.batches(len(pairs), args.batch_size, args.seed)
@@ -163,14 +159,15 @@ def main(argv=None):
         if step == 0:
             row |= before
         if step == args.steps - 1:
-            after, texts_after = evaluate(model, "policy", tokenizer, test, test_pairs, args)
+            after, texts_after, rouge = evaluate(
+                model, "policy", tokenizer, test, test_pairs, args)
             row |= after
         common.append(out / "metrics.jsonl", row)
         if args.save_every and (step + 1) % args.save_every == 0:
             lora.save_adapter(model, "policy", out / f"step-{step + 1}")
 
     lora.save_adapter(model, "policy", out)
-    save_samples(args.steps, texts_after)
+    common.save_samples(out, args.steps, test, texts_after, rouge)
     common.print_samples(test, texts_before, texts_after)
     common.print_table(f"{len(test)} held-out prompts", before, after)
     common.finish(out, args)

@@ -502,6 +502,8 @@ LAYOUTS = {
     "several turns, the first as prompt": (
         {"prompt": "q", "chosen": [*HH_TURNS, BOT], "rejected": [*HH_TURNS, BAD]},
         {"prompt": HH_TURNS, "chosen": "good", "rejected": "bad"}),
+    "a list as prompt": ({"prompt": [USER], "chosen": [BOT], "rejected": [BAD]},
+                         {"prompt": [USER], "chosen": "good", "rejected": "bad"}),
     "message lists without prompt": ({"chosen": [*HH_TURNS, BOT], "rejected": [*HH_TURNS, BAD]},
                                      {"prompt": HH_TURNS, "chosen": "good", "rejected": "bad"}),
     "prompt alone": ({"prompt": "q", "topic": "t"}, {"prompt": "q"}),

@@ -169,7 +169,7 @@ def test_perplexity_is_exp_of_total_nll_over_total_tokens(tuned, tokenizer, micr
                 nll -= logits[t - 1].log_softmax(-1)[(prompt + response)[t]].item()
                 count += 1
     args = Namespace(micro_batch_size=micro, max_new_tokens=3, max_length=100)
-    stats, _ = sft.evaluate(tuned, "policy", tokenizer, ROWS, pairs, args)
+    stats, *_ = sft.evaluate(tuned, "policy", tokenizer, ROWS, pairs, args)
     assert stats["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-5)
 
 
@@ -177,7 +177,7 @@ def test_evaluate_measures_the_answers_that_it_returns(tuned, tokenizer):
     """rouge_l is the mean over the returned texts, and references equal to them score 1."""
     pairs, _ = sft.encode(tokenizer, ROWS, 100)
     args = Namespace(micro_batch_size=2, max_new_tokens=6, max_length=100)
-    stats, texts = sft.evaluate(tuned, "policy", tokenizer, ROWS, pairs, args)
+    stats, texts, _ = sft.evaluate(tuned, "policy", tokenizer, ROWS, pairs, args)
     assert len(texts) == len(ROWS) and all(any(c.isalnum() for c in text) for text in texts)
     assert 0 <= stats["rouge_l"] < 1
     own = [row | {"response": text} for row, text in zip(ROWS, texts)]
@@ -203,5 +203,5 @@ def test_stop_rate_counts_the_answers_that_end_by_themselves(tuned, tokenizer, s
     with lora.use_adapter(tuned, "policy"):
         expected = [stops_alone(tuned, prompt, stop, 2) for prompt, _ in pairs]
     args = Namespace(micro_batch_size=2, max_new_tokens=2, max_length=100)
-    stats, _ = sft.evaluate(tuned, "policy", tokenizer, ROWS, pairs, args)
+    stats, *_ = sft.evaluate(tuned, "policy", tokenizer, ROWS, pairs, args)
     assert stats["stop_rate"] == pytest.approx(sum(expected) / len(ROWS))
