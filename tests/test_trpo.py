@@ -502,13 +502,18 @@ def test_a_step_is_shortened_to_the_first_that_the_constraint_allows(policy, fac
     (1.0, dict(max_kl=1e-8)),    # too far, however often it is shortened
     (4.0, dict(backtracks=6)),   # the seventh trial would have done
     (math.nan, dict(max_kl=1.0)),
-    (0.0, dict(max_kl=1.0)),
 ])
 def test_where_no_step_will_do_the_policy_stays_to_the_bit(policy, factor, changes):
     before = everything(policy[0])
     result, _ = search(policy, factor, **changes)
     assert result == (0.0, 0.0, flags(**changes).backtracks)
     assert not moved(policy[0], before)
+
+
+def test_a_step_of_length_0_moves_nothing_whatever_the_gain_rounds_to(policy):
+    before = everything(policy[0])
+    (gain, kl, _), _ = search(policy, 0.0, max_kl=1.0)
+    assert (gain, kl) == pytest.approx((0.0, 0.0), abs=1e-12) and not moved(policy[0], before)
 
 
 def test_a_gradient_that_is_no_number_moves_nothing(policy):

@@ -3,7 +3,7 @@
     python tiny/build.py                 everything
     python tiny/build.py --from sft      from a stage on
 
-    1. base            a BPE tokenizer and a Llama of 2.4 million parameters, from scratch, on
+    1. base            a BPE tokenizer and a Llama of 2.3 million parameters, from scratch, on
                        documents that are composed from world.py as they are read
     2. midtrain        some more of it, with more transcripts of an assistant
     3. ranking         the same, and which of two answers is whole and which is broken
@@ -36,7 +36,7 @@ import reward_model  # noqa: E402
 from tiny import world  # noqa: E402
 
 VOCABULARY, BLOCK = 3072, 160
-BASE = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6)
+BASE = dict(hidden_size=224, intermediate_size=512, num_hidden_layers=3, num_attention_heads=7)
 LABEL_TEMPERATURE = 0.05
 ASKED = {
     name: [r["prompt"] for r in world.prompts() if r["topic"] == name and r["split"] == "train"]
@@ -252,7 +252,7 @@ def build_ranking():
     torch.manual_seed(11)
     stream = token_stream(tokenizer, random.Random(12), document_or_transcript)
     ranking = Ranking(tokenizer, random.Random(11))
-    pretrain(model, stream, steps=1200, peak=1.5e-3, batch_size=16, ranking=ranking)
+    pretrain(model, stream, steps=2400, peak=1.5e-3, batch_size=16, ranking=ranking)
     save_base(model, tokenizer)
 
 
