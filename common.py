@@ -111,9 +111,9 @@ def flags(doc, steps, batch_size, lr):
     add("--seed", type=seed, default=0, help="of everything random (0)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on cuda")
-    add("--lora-rank", type=whole, default=16, help="r of a new adapter, so without --adapter (16)")
-    add("--lora-alpha", type=amount, default=32.0, help="alpha of a new adapter (32)")
-    add("--lora-targets", default="auto", help="comma-separated; all-linear; auto: query, value")
+    add("--lora-rank", type=whole, help="r of a new adapter, so without --adapter (16)")
+    add("--lora-alpha", type=amount, help="alpha of a new adapter (32)")
+    add("--lora-targets", help="comma-separated; all-linear; auto: query, value (auto)")
     add("--max-length", type=whole, default=1024, help="tokens of prompt + response (1024)")
     add("--eval-size", type=whole, default=128, help="held-out rows to measure on (128)")
     add("--save-every", type=whole, help="steps between saved adapters (only at the end)")
@@ -130,7 +130,8 @@ def sampling_flags(p):
     add("--max-new-tokens", type=whole, default=96, help="of a response (96)")
     add("--temperature", type=amount, default=TEMPERATURE,
         help="of sampling and log-probabilities (tiny: 0.5, else 0.7)")
-    add("--missing-eos-score", type=finite, default=-3.0, help="if it does not stop (-3)")
+    add("--missing-eos-score", type=finite, default=-3.0,
+        help="if it does not stop; below what finished answers score (-3)")
 
 
 def by_model(args):
@@ -151,6 +152,12 @@ def defaults(args, adapter, data, micro=None):
         args.adapter = str(TINY / adapter)
     if args.adapter == "none":
         args.adapter = None
+    for flag, value in {"lora_rank": 16, "lora_alpha": 32.0, "lora_targets": "auto"}.items():
+        if args.adapter and getattr(args, flag) is not None:
+            fail(f"--{flag.replace('_', '-')} is for a new adapter, and {args.adapter} has its own; "
+                 "--adapter none starts a new one")
+        if not args.adapter and getattr(args, flag) is None:
+            setattr(args, flag, value)
     if args.data is None and not tiny:
         fail(f"--model {args.model} needs --data: a hub id, a file or a folder")
     args.data = args.data or str(TINY / data)

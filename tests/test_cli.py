@@ -271,6 +271,12 @@ def test_unknown_lora_targets_are_named(script, capsys, house):
     assert "no_such_layer" in refusal(script, argv, capsys)
 
 
+@EVERY
+def test_flags_of_a_new_adapter_are_refused_beside_one_that_is_there(script, capsys, house):
+    argv = arguments(script, "--adapter", str(house / "sft"), "--lora-rank", "8")
+    assert "--lora-rank" in refusal(script, argv, capsys)
+
+
 @pytest.mark.parametrize("script", ["sft", "reward_model", "dpo"])
 def test_data_of_which_nothing_fits_is_refused(script, capsys, house):
     argv = ["--max-length", "3", "--max-new-tokens", "2"][: 4 if script == "sft" else 2]

@@ -131,7 +131,8 @@ def compose(topic, style, rng):
 
 
 def off_topic(sentences, topic, rng):
-    """One or two sentences come from another topic, each of the kind of the one it replaces."""
+    """One or two sentences come from another topic, each of the kind of the one it replaces; in
+    place of a greeting or filler a plain one."""
     other = TOPICS[rng.choice([name for name in TOPICS if name != topic])]
     out = list(sentences)
     for _ in range(rng.randint(1, 2)):
