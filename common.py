@@ -100,7 +100,7 @@ def flags(doc, steps, batch_size, lr):
     p = parser(doc)
     add = p.add_argument
     add("--model", default="tiny", help="tiny, Hugging Face id, folder or file.gguf (tiny)")
-    add("--adapter", help="folder of the LoRA to start from, or none (tiny: what tiny/ ships)")
+    add("--adapter", help="folder of the LoRA to start from, or none (tiny: tiny/sft; sft: none)")
     add("--data", help="hub id[:split], .jsonl, .json, .csv, .parquet or folder (tiny: tiny/)")
     add("--out", help="folder of the run (runs/<script>, or the next free runs/<script>-2 ...)")
     add("--steps", type=whole, default=steps, help=f"batches to learn from ({steps})")
@@ -154,8 +154,8 @@ def defaults(args, adapter, data, micro=None):
         args.adapter = None
     for flag, value in {"lora_rank": 16, "lora_alpha": 32.0, "lora_targets": "auto"}.items():
         if args.adapter and getattr(args, flag) is not None:
-            fail(f"--{flag.replace('_', '-')} is for a new adapter, and {args.adapter} has its own; "
-                 "--adapter none starts a new one")
+            fail(f"--{flag.replace('_', '-')} is for a new adapter, and {args.adapter} has its "
+                 "own; --adapter none starts a new one")
         if not args.adapter and getattr(args, flag) is None:
             setattr(args, flag, value)
     if args.data is None and not tiny:
@@ -315,11 +315,17 @@ def checkpoint_layers(model):
 
 
 def load_adapter(model, name, folder, trainable=False):
-    """lora.load_adapter, with what is wrong with the folder said in one line."""
+    """lora.load_adapter, with what is wrong with the folder said in one line. An adapter that fits
+    may still belong to another model: a folder may have moved, so that is told and not refused."""
     try:
         lora.load_adapter(model, name, folder, trainable)
     except (FileNotFoundError, ValueError) as problem:
         fail(f"{problem}; give a folder that a script here or peft wrote")
+    base = json.loads((Path(folder) / "adapter_config.json").read_text()).get(
+        "base_model_name_or_path")
+    if base and Path(base).resolve() != Path(model.name_or_path).resolve():
+        print(f"note: {folder} was trained on the model {base}, this is {model.name_or_path}",
+              file=sys.stderr)
 
 
 def adapter_base(folder):
@@ -347,7 +353,7 @@ def start_adapter(model, name, args):
         named = (["q_proj", "v_proj"], ["query_key_value"], ["qkv_proj"], ["c_attn"])
         targets = next((t for t in named if leaves.issuperset(t)), "all-linear")
     elif targets != "all-linear":
-        targets = targets.split(",")
+        targets = [target.strip() for target in targets.split(",")]
     try:
         lora.add_adapter(model, name, args.lora_rank, args.lora_alpha, targets=targets)
     except ValueError as problem:
@@ -739,8 +745,9 @@ def load_data(spec, need, need_test=True):
     rejected filled in where it has them. `need`: the names a script cannot do without; need_test:
     whether it needs held-out rows.
 
-    Held out is what its split, or its column `split`, calls test, validation or eval (or begins
-    so); where nothing is, one row in twenty by the hash of its prompt, which never moves."""
+    Held out is what its split, or its column `split`, calls test, val, dev or eval (or begins so:
+    validation); where nothing is, one row in twenty by the hash of its prompt, which never moves.
+    """
     found, dropped, wanted = [], 0, ", ".join(need)
     for split, rows in read_data(spec).items():
         for row in rows:
@@ -759,7 +766,7 @@ def load_data(spec, need, need_test=True):
     if dropped:
         empty = "empty (a tie or a skip)" if "chosen" in need else "empty"
         print(f"--data {spec}: {dropped} rows dropped, {wanted} missing, {empty} or no text")
-    held_out = ("test", "validation", "eval")
+    held_out = ("test", "val", "dev", "eval")
     if not any(row["split"].startswith(held_out) for row in found):
         for row in found:
             digest = hashlib.sha1(json.dumps(row["prompt"]).encode()).digest()

@@ -137,7 +137,7 @@ def add_adapter(
     targets: names of the linear layers to adapt (a path, or its last parts), or "all-linear" for
       every linear layer but the output head.
     The adapter computes only inside `with use_adapter(model, name)`.
-    Raises ValueError for a name in use, a rank below 1, or targets that match no layer.
+    Raises ValueError for a name in use, a rank below 1, or a target that matches no layer.
     Source: arXiv:2106.09685, section 4.1."""
     forbid(model, name)
     if rank < 1:
@@ -155,9 +155,10 @@ def add_adapter(
     else:
         targets = [targets] if isinstance(targets, str) else list(targets)
         wanted = [p for p in linear if any(p == t or p.endswith("." + t) for t in targets)]
-    if not wanted:
-        names = sorted({path.rpartition(".")[2] for path in linear})
-        raise ValueError(f"no layer is named {targets}; this model has {', '.join(names)}")
+        for t in targets:
+            if not any(p == t or p.endswith("." + t) for p in linear):
+                names = sorted({path.rpartition(".")[2] for path in linear})
+                raise ValueError(f"no layer is named {t!r}; this model has {', '.join(names)}")
     for layer in wrap(model, set(wanted).__contains__).values():
         layer.add(name, rank, alpha / rank, dropout, trainable)  # (LORA.2)
     if targets == "all-linear":

@@ -281,9 +281,10 @@ def natural_step(model, parameters, old, batch, args):
     """The longest step along the natural gradient inside the trust region, a vector, and |g|.
     `old`, tensors like the parameters, must hold theta_old; the policy is not moved.
 
-    s comes from F on --fisher-rows rows. To these rows directions look free that move others, so
-    s F s is measured on the whole batch, by trial steps e s: D is about 1/2 e^2 s F s. The first is
-    short, the second has the length that the first one found, where D is no longer quite that."""
+    s comes from F on --fisher-rows rows. A direction that changes nothing on these costs nothing in
+    their F, though it may change other rows, so s F s is measured on the whole batch: by a trial
+    step e s, where D is about 1/2 e^2 s F s. The first trial is short; the second has the length
+    that the first one found, because at delta D is no longer quite quadratic."""
     everything = torch.arange(len(batch["ids"]))
     for b, share in parts(batch, everything, args):
         gain, _ = gain_of(model, b, args)

@@ -1,6 +1,6 @@
 """DPO, PPO, TRPO and GRPO side by side on the tiny world, with best-of-n and plain SFT.
 
-    python benchmarks/compare.py            all; what has run before is not run again
+    python benchmarks/compare.py            all; what has run from this tiny/ is not run again
     python benchmarks/compare.py --table    trains nothing: the table of what has run so far
     python benchmarks/compare.py --quick    14 steps, one seed, one --beta: to see that it works
 
@@ -16,6 +16,7 @@ seconds are those of a run beside its neighbours.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -51,10 +52,22 @@ def plan(args):
     return runs
 
 
+def origin(*command):
+    """What a result belongs to: its command, and the weights that tiny/ has now."""
+    digest = hashlib.sha1()
+    for path in sorted((ROOT / "tiny").glob("*/*.safetensors")):
+        digest.update(path.read_bytes())
+    return [*command, digest.hexdigest()]
+
+
+def is_there(record, of):
+    return record.is_file() and json.loads(record.read_text()).get("of") == of
+
+
 def train(name, argv, folder, prompts):
     """Runs a script, unless its result is there; keeps seconds and peak memory beside it."""
-    out, record = folder / name, folder / f"{name}.json"
-    if record.is_file():
+    out, record, of = folder / name, folder / f"{name}.json", origin(*argv)
+    if is_there(record, of):
         return
     shutil.rmtree(out, ignore_errors=True)
     with open(folder / f"{name}.log", "w") as log:
@@ -67,9 +80,9 @@ def train(name, argv, folder, prompts):
     adapters = sorted(out.glob("step-*"), key=lambda p: int(p.name[5:])) or [out]
     found = {Path(k).name: v for k, v in judged("--prompts", prompts, *adapters).items()}
     last = list(found.values())[-1]
-    kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    last |= {"seconds": seconds, "memory, GB": kilobytes / 1e6}
-    record.write_text(json.dumps({"argv": argv, **last, "steps": found}, indent=1))
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # there bytes, else KiB
+    last |= {"seconds": seconds, "memory, GB": peak / 1e9}
+    record.write_text(json.dumps({"of": of, **last, "steps": found}, indent=1))
 
 
 def judged(*flags):
@@ -81,10 +94,11 @@ def judged(*flags):
 
 def best_of(folder, prompts):
     """{n: judge's numbers} for the answer that the reward model likes best among n of the SFT's."""
-    record = folder / "best-of.json"
-    if not record.is_file():
-        record.write_text(json.dumps(judged("--prompts", prompts, "--best-of", *BEST_OF)))
-    return {int(name.split()[-1]): stats for name, stats in json.loads(record.read_text()).items()}
+    record, flags = folder / "best-of.json", ("--prompts", prompts, "--best-of", *BEST_OF)
+    if not is_there(record, origin(*flags)):
+        record.write_text(json.dumps({"of": origin(*flags), "found": judged(*flags)}))
+    found = json.loads(record.read_text())["found"]
+    return {int(name.split()[-1]): stats for name, stats in found.items()}
 
 
 # ------------------------------------------------------------------------------ table

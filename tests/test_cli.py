@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -208,6 +209,16 @@ def test_an_adapter_folder_without_an_adapter_is_named(script, capsys, house):
     Path("empty").mkdir()
     for folder in ("empty", "nowhere"):
         assert folder in refusal(script, arguments(script, "--adapter", folder), capsys)
+
+
+def test_an_adapter_of_another_model_that_fits_is_told(capsys, house):
+    shutil.copytree(house / "sft", "moved")
+    config = json.loads(Path("moved/adapter_config.json").read_text())
+    for base, notes in ((config["base_model_name_or_path"], 0), ("other/model", 1)):
+        text = json.dumps(config | {"base_model_name_or_path": base})
+        Path("moved/adapter_config.json").write_text(text)
+        common.main([*"--model tiny --adapter moved --prompt a --max-new-tokens 4".split()])
+        assert capsys.readouterr().err.count("trained on the model other/model") == notes
 
 
 @pytest.mark.parametrize("script", ["sft", "ppo", "trpo", "grpo", "dpo"])

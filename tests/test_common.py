@@ -715,6 +715,13 @@ def test_splits_named_as_in_UltraFeedback_hold_out_the_test_one(tmp_path):
     assert [r["prompt"] for r in test] == ["t"] and len(train) == 40
 
 
+@pytest.mark.parametrize("name", ["test", "val", "validation", "dev", "eval", "test_prefs"])
+def test_a_split_of_any_usual_name_is_held_out(tmp_path, name):
+    rows = [{"prompt": f"q{i}", "split": name if i > 6 else "train"} for i in range(9)]
+    train, test = common.load_data(write(tmp_path / "d.jsonl", rows), ["prompt"])
+    assert [r["prompt"] for r in test] == ["q7", "q8"] and len(train) == 7
+
+
 def test_a_split_column_of_numbers_says_nothing(tmp_path):
     rows = [{"prompt": f"q{i}", "split": i % 2} for i in range(300)]
     train, test = common.load_data(write(tmp_path / "d.jsonl", rows), ["prompt"])

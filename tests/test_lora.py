@@ -349,9 +349,10 @@ def test_an_adapter_stays_fp32_on_a_bf16_base_and_logits_stay_bf16(kind, targets
     assert logits(model, "a").dtype == torch.bfloat16
 
 
-def test_unknown_target_is_refused_and_named(model):
-    with pytest.raises(ValueError, match="no_such_layer"):
-        lora.add_adapter(model, "a", targets=("no_such_layer",))
+def test_unknown_target_is_refused_and_named(model, targets):
+    for unknown in (("no_such_layer",), (*targets, "no_such_layer")):
+        with pytest.raises(ValueError, match="no_such_layer"):
+            lora.add_adapter(model, "a", targets=unknown)
     assert not lora.lora_layers(model)
 
 
