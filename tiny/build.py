@@ -1,4 +1,4 @@
-"""Rebuilds everything in tiny/ from its seeds: 60 to 95 minutes on 2 CPU cores.
+"""Rebuilds everything in tiny/ from its seeds: 75 to 110 minutes on 2 CPU cores.
 
     python tiny/build.py                 everything
     python tiny/build.py --from sft      from a stage on
