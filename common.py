@@ -323,9 +323,14 @@ def load_adapter(model, name, folder, trainable=False):
         fail(f"{problem}; give a folder that a script here or peft wrote")
     base = json.loads((Path(folder) / "adapter_config.json").read_text()).get(
         "base_model_name_or_path")
-    if base and Path(base).resolve() != Path(model.name_or_path).resolve():
+    if base and not is_model(base, model):
         print(f"note: {folder} was trained on the model {base}, this is {model.name_or_path}",
               file=sys.stderr)
+
+
+def is_model(base, model):
+    """Whether `base`, as an adapter names what it was trained on, is this model."""
+    return Path(base).resolve() == Path(model.name_or_path).resolve()
 
 
 def adapter_base(folder):
@@ -812,7 +817,7 @@ def load_reward(spec, model, tokenizer, args):
     config = Path(spec) / "adapter_config.json"
     if config.is_file():
         base = adapter_base(spec)
-        if Path(base).resolve() != Path(model.name_or_path).resolve():
+        if not is_model(base, model):
             fail(f"--reward {spec} belongs to the model {base}, not to {model.name_or_path}; "
                  "train one on this base")
         load_adapter(model, "reward", spec)

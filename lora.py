@@ -151,15 +151,16 @@ def add_adapter(
         and not inner.search(path)
     ]
     if targets == "all-linear":
-        wanted = linear
+        found = {targets: linear}
     else:
         targets = [targets] if isinstance(targets, str) else list(targets)
-        wanted = [p for p in linear if any(p == t or p.endswith("." + t) for t in targets)]
-        for t in targets:
-            if not any(p == t or p.endswith("." + t) for p in linear):
-                names = sorted({path.rpartition(".")[2] for path in linear})
-                raise ValueError(f"no layer is named {t!r}; this model has {', '.join(names)}")
-    for layer in wrap(model, set(wanted).__contains__).values():
+        found = {t: [p for p in linear if p == t or p.endswith("." + t)] for t in targets}
+    missing = [target for target, paths in found.items() if not paths]
+    if missing or not found:
+        names = sorted({path.rpartition(".")[2] for path in linear})
+        raise ValueError(f"no layer is named {missing}; this model has {', '.join(names)}")
+    wanted = {path for paths in found.values() for path in paths}
+    for layer in wrap(model, wanted.__contains__).values():
         layer.add(name, rank, alpha / rank, dropout, trainable)  # (LORA.2)
     if targets == "all-linear":
         targets = sorted({path.rpartition(".")[2] for path in wanted})

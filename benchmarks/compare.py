@@ -95,8 +95,9 @@ def judged(*flags):
 def best_of(folder, prompts):
     """{n: judge's numbers} for the answer that the reward model likes best among n of the SFT's."""
     record, flags = folder / "best-of.json", ("--prompts", prompts, "--best-of", *BEST_OF)
-    if not is_there(record, origin(*flags)):
-        record.write_text(json.dumps({"of": origin(*flags), "found": judged(*flags)}))
+    of = origin(*flags)
+    if not is_there(record, of):
+        record.write_text(json.dumps({"of": of, "found": judged(*flags)}))
     found = json.loads(record.read_text())["found"]
     return {int(name.split()[-1]): stats for name, stats in found.items()}
 
@@ -143,9 +144,11 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     runs, prompts = plan(args), 32 if args.quick else 192
     if args.table:
-        runs = {name: argv for name, argv in runs.items() if (folder / f"{name}.json").is_file()}
+        runs = {name: argv for name, argv in runs.items()
+                if is_there(folder / f"{name}.json", origin(*argv))}
         if not runs:
-            raise SystemExit(f"error: no run in {folder}; benchmarks/compare.md has a table")
+            raise SystemExit(f"error: no run of this tiny/ in {folder}; "
+                             "benchmarks/compare.md has a table")
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(best_of, folder, 8 if args.quick else 64)]
         jobs += [pool.submit(train, n, argv, folder, prompts) for n, argv in runs.items()]

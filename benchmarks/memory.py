@@ -43,8 +43,8 @@ def peak(how, tokens):
         common.per_token(model, states, logps, y).sum().backward()
     elif how == "whole":
         ppo.token_logps(common.logits_of(model, states), y, 0.7).sum().backward()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return held * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def main():

@@ -198,8 +198,8 @@ def build_midtrain():
 
 # ------------------------------------------------------------------------------ ranking
 
-# How often each kind of damage is done: most often what is hardest to see. Both are in the
-# same style: which one a child would rather hear, the base is not told.
+# How often each kind of damage is done: most often what is hardest to see. The whole answer and
+# the broken one are of one style: which style a child would rather hear, the base is not told.
 BROKEN = dict(off_topic=4, another_prompt=2, repetition=4, abrupt=1, garbled=12)
 
 

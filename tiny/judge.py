@@ -38,11 +38,8 @@ def judge(adapter, args, each=1):
     common.load_adapter(model, "policy", adapter)
     common.load_adapter(model, "reference", args.sft)
     reward = common.load_reward(args.reward, model, tokenizer, policy)
-    # No critic is wanted, but the rollout asks for one.
-    has_head = "reward" in getattr(model, "heads", {})
-    lora.copy_adapter(model, "reward" if has_head else "policy", "critic")
-    if not has_head:
-        lora.add_head(model, "critic")
+    lora.copy_adapter(model, "policy", "critic")  # the rollout asks for one; nothing here reads it
+    lora.add_head(model, "critic")
     generator = torch.Generator(model.device).manual_seed(args.seed)
     prompts = held_out()
     random.Random(args.seed).shuffle(prompts)
