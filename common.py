@@ -106,7 +106,7 @@ def flags(doc, steps, batch_size, lr):
     add("--steps", type=whole, default=steps, help=f"batches to learn from ({steps})")
     add("--batch-size", type=whole, default=batch_size, help=f"rows a step ({batch_size})")
     add("--micro-batch-size", type=whole,
-        help="rows a pass of the update (all; sft, reward_model, ppo, dpo with tiny: 4)")
+        help="rows a forward pass of training (tiny: 4, else all)")
     add("--lr", type=amount, default=lr, help=f"peak learning rate (tiny: {lr[0]}, else {lr[1]})")
     add("--seed", type=seed, default=0, help="of everything random (0)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
@@ -142,9 +142,9 @@ def by_model(args):
     return args
 
 
-def defaults(args, adapter, data, micro=None):
-    """Fills in --adapter, --data and --reward: with --model tiny the shipped ones, else none.
-    micro: --micro-batch-size with --model tiny."""
+def defaults(args, adapter, data):
+    """Fills in --adapter, --data and --reward: with --model tiny the shipped ones, else none; and
+    --micro-batch-size: with --model tiny 4 rows, which on a CPU saves padding, else all."""
     tiny = by_model(args).model == "tiny"
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib")
@@ -168,7 +168,7 @@ def defaults(args, adapter, data, micro=None):
     rows = args.micro_batch_size
     if rows and args.batch_size % min(rows, args.batch_size):
         fail(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {rows}")
-    rows = rows or (micro if tiny else None) or args.batch_size
+    rows = rows or (4 if tiny else args.batch_size)
     args.micro_batch_size = min(rows, args.batch_size)
     check_room(args)
 
@@ -606,8 +606,9 @@ def sample(model, prompts, stop, max_new_tokens, temperature=1.0, generator=None
     alive = torch.ones(len(prompts) * each, 1, dtype=torch.bool, device=ids.device)
     for step in range(max_new_tokens):
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        out = model(input_ids=tokens, attention_mask=attention, position_ids=positions,
-                    past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with torch.inference_mode():  # on a small model a tenth faster than no_grad
+            out = model(input_ids=tokens, attention_mask=attention, position_ids=positions,
+                        past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1].float()
         if step == 0 and each > 1:  # the prompt was read once for all its responses
             for layer in cache.layers:

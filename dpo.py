@@ -143,7 +143,7 @@ def parse_args(argv=None):
     add("--label-smoothing", type=amount, default=0.0, help="share of flipped labels (0)")
     add("--warmup", type=common.share, default=0.05, help="share of the steps (0.05)")
     args = p.parse_args(argv)
-    common.defaults(args, adapter="sft", data="preferences.jsonl", micro=4)
+    common.defaults(args, adapter="sft", data="preferences.jsonl")
     if args.beta == 0:
         common.fail("--beta must be above 0: it divides the reward")
     if args.label_smoothing >= 0.5 or (args.label_smoothing and args.loss == "ipo"):

@@ -223,7 +223,7 @@ def parse_args(argv=None):
     add("--gamma", type=common.share, default=1.0, help="discount (1)")
     add("--lam", type=common.share, default=0.95, help="lambda of GAE (0.95)")
     args = p.parse_args(argv)
-    common.defaults(args, adapter="sft", data="prompts.jsonl", micro=4)
+    common.defaults(args, adapter="sft", data="prompts.jsonl")
     if not args.reward:
         common.fail("--reward is needed: a folder, a hub id, or file.py:function")
     if args.kl_target == 0:

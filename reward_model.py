@@ -108,7 +108,7 @@ def parse_args(argv=None):
     elif args.temperature == 0:
         common.fail("--temperature must be above 0: two greedy answers are the same")
     data = "prompts.jsonl" if args.collect else "preferences.jsonl"
-    common.defaults(args, adapter="sft", data=data, micro=4)
+    common.defaults(args, adapter="sft", data=data)
     return args
 
 

@@ -101,7 +101,7 @@ def parse_args(argv=None):
     p.add_argument("--warmup", type=common.share, default=0.05, help="share of the steps (0.05)")
     p.add_argument("--max-new-tokens", type=common.whole, default=128, help="of an answer (128)")
     args = p.parse_args(argv)
-    common.defaults(args, adapter=None, data="demonstrations.jsonl", micro=4)
+    common.defaults(args, adapter=None, data="demonstrations.jsonl")
     return args
 
 
