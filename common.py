@@ -606,7 +606,7 @@ def sample(model, prompts, stop, max_new_tokens, temperature=1.0, generator=None
     alive = torch.ones(len(prompts) * each, 1, dtype=torch.bool, device=ids.device)
     for step in range(max_new_tokens):
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        with torch.inference_mode():  # on a small model a tenth faster than no_grad
+        with torch.inference_mode():  # on a small model up to a tenth faster than no_grad
             out = model(input_ids=tokens, attention_mask=attention, position_ids=positions,
                         past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1].float()
