@@ -134,6 +134,19 @@ def test_a_missing_part_is_missing_whole():
         assert gold(name, left) <= 0.75 * gold(name, clean) + 1e-9
 
 
+def test_lead_ins_are_always_too_many_and_nothing_else_changes():
+    rng = random.Random(0)
+    for name in NAMES * 4:
+        clean = world.compose(name, "friendly", rng)
+        text, whole = " ".join(world.lead_ins(clean, name, rng)), " ".join(clean)
+        count = max(text.count(lead) - whole.count(lead) for lead in world.LEADS)
+        assert 2 <= count <= 4
+        for lead in world.LEADS:
+            text, whole = text.replace(lead, ""), whole.replace(lead, "")
+        assert text == whole
+        assert gold(name, world.lead_ins(clean, name, rng)) <= 0.6 * gold(name, clean) + 1e-9
+
+
 def test_a_garbled_answer_has_one_or_two_sentences_that_nobody_wrote():
     rng, found = random.Random(0), set()
     for name in NAMES * 4:

@@ -297,7 +297,7 @@ def write(name, rows):
 
 # How often each kind of damage is done: more often what a quick reader overlooks.
 DAMAGE = dict(off_topic=2, another_prompt=0, jargon=1, repetition=5, abrupt=1, rambling=1,
-              missing_part=6, padding=1, garbled=4)
+              missing_part=6, padding=1, garbled=4, lead_ins=2)
 
 
 def answer_pools(split, each):

@@ -206,11 +206,19 @@ def padding(sentences, topic, rng):
     return sentences[:-1] + rng.sample(rest, min(len(rest), 5)) + sentences[-1:]
 
 
+def lead_ins(sentences, topic, rng):
+    """One lead-in over and over, before several sentences or several times before one."""
+    out, lead = list(sentences), rng.choice(LEADS[:4])
+    for i in rng.choices(range(len(out)), k=rng.randint(2, 4)):
+        out[i] = lead + out[i]
+    return out
+
+
 FLAWS = {
     f.__name__: f
     for f in (
         off_topic, another_prompt, jargon, repetition, abrupt, rambling, missing_part, padding,
-        garbled,
+        garbled, lead_ins,
     )
 }
 
