@@ -4,9 +4,9 @@
     python benchmarks/compare.py --table    trains nothing: the table of what has run so far
     python benchmarks/compare.py --quick    14 steps, one seed, one --beta: to see that it works
 
-All start from tiny/sft and look at 3200 answers, in 200 steps of 16, dpo at as many labelled pairs.
-Three seeds with default flags, seed 0 with another --beta, and one PPO run without a KL penalty
-that goes on for too long.
+All start from tiny/sft and look at 2400 answers, in 200 steps of 12, dpo at as many labelled pairs.
+Three seeds with otherwise default flags, seed 0 with another --beta, and one PPO run without a KL
+penalty that goes on for too long.
 Every policy is judged from outside by tiny/judge.py, on held-out prompts: by the reward model it
 was trained on (score) and by the hidden preference it never saw (gold).
 
@@ -45,7 +45,7 @@ def plan(args):
     runs = {"ppo-long": ["ppo.py", "--beta", "0", "--steps", str(2 * steps),
                          "--save-every", str(math.ceil(steps / 5))]}
     for script, beta in ANOTHER_BETA.items():
-        same = [f"{script}.py", "--steps", str(steps)]
+        same = [f"{script}.py", "--steps", str(steps), "--batch-size", "12"]
         runs |= {f"{script}-seed{seed}": [*same, "--seed", str(seed)] for seed in seeds}
         if not args.quick:
             runs[f"{script}-beta{beta:g}"] = [*same, "--beta", str(beta)]
