@@ -121,8 +121,7 @@ def table(results, best):
     for script in SCRIPTS:
         seeds = [r for name, r in results.items() if name.startswith(f"{script}-seed")]
         if seeds:
-            rows.append((script.upper(),  # a run judged by hand has no memory
-                         *(spread([r[c] for r in seeds if c in r]) for c in COLUMNS)))
+            rows.append((script.upper(), *(spread([r[c] for r in seeds]) for c in COLUMNS)))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
