@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from statistics import mean
 
 import pytest
@@ -176,20 +177,29 @@ def test_the_base_ranks_whole_against_broken_and_is_told_nothing_of_taste():
         assert strange or unknown or twice or whole == broken
 
 
-def test_the_gradient_of_the_ranking_does_not_depend_on_the_micro_batches():
+def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_split_among_the_threads():
+    """Against one .backward() of the same losses on one thread; so does the number of pairs that
+    are scored at once not matter."""
     model, tokenizer = build.load_base()
-    gradients, shares = [], []
-    for rows in (2, 6):
+    block = torch.randint(3, 3000, (4, 12), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for rows in (2, 6, None):
         torch.manual_seed(0)
-        ranking = build.Ranking(tokenizer, random.Random(0), pairs=6, rows=rows)
+        ranking = build.Ranking(tokenizer, random.Random(0), pairs=6, rows=rows or 6)
+        weights = [*model.parameters(), *ranking.parameters()]
         model.zero_grad()
-        shares.append(ranking.backward(model))
-        weights = (ranking.head.weight, model.model.embed_tokens.weight)
+        if rows:
+            halves = [lambda x=half: build.next_token_loss(model, x) / 2 for half in block.chunk(2)]
+            with ThreadPoolExecutor(2) as pool:
+                build.add_gradients(halves + ranking.losses(model), weights, pool)
+        else:
+            loss = build.next_token_loss(model, block) + sum(f() for f in ranking.losses(model))
+            loss.backward()
         gradients.append([w.grad.clone() for w in weights])
-    assert shares[0] == shares[1]
-    for a, b in zip(*gradients):
-        assert a.abs().max() > 0
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for a, b, c in zip(*gradients):
+        assert c.abs().max() > 0
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(b, c, rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------ the score
