@@ -178,8 +178,7 @@ def test_the_base_ranks_whole_against_broken_and_is_told_nothing_of_taste():
 
 
 def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_split_among_the_threads():
-    """Against one .backward() of the same losses on one thread; so does the number of pairs that
-    are scored at once not matter."""
+    """Nor on how many pairs are scored at once: against one .backward() of the sum of all losses."""
     model, tokenizer = build.load_base()
     block = torch.randint(3, 3000, (4, 12), generator=torch.Generator().manual_seed(0))
     gradients = []

@@ -155,8 +155,8 @@ def next_token_loss(model, block):
 def pretrain(model, stream, steps, peak, batch_size=32, ranking=None):
     """Next-token prediction, and `ranking` if given; AdamW, warm-up over 100 steps, cosine decay.
 
-    Two threads with half a batch and half the cores each: on matrices as small as these that takes
-    0.7 of the time of one after the other on all cores."""
+    Two threads with half a batch and half the cores each: next-token prediction takes 0.7 of the
+    time that it takes with the whole batch on both cores, for its matrices are small."""
     print(f"{model.num_parameters():,} parameters, {steps * batch_size * BLOCK:,} tokens")
     parameters = [*model.parameters(), *(ranking.parameters() if ranking else ())]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.05)
