@@ -209,10 +209,10 @@ def update(model, parameters, optimizer, batch, args):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=12, lr=(2e-3, 3e-5))
+    p = common.flags(__doc__, steps=200, batch_size=12, lr=(1e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
     common.sampling_flags(p)
-    add("--beta", type=amount, default=0.03, help="KL weight, units of score per nat (0.03)")
+    add("--beta", type=amount, default=0.05, help="KL weight, units of score per nat (0.05)")
     add("--kl-target", type=amount, help="nats per response that adapt beta (off)")
     add("--ppo-epochs", type=whole, default=1, help="passes over a rollout batch (1)")
     add("--minibatches", type=whole, default=2, help="updates a pass (2)")

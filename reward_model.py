@@ -95,7 +95,7 @@ def evaluate(model, pairs, args):
 def parse_args(argv=None):
     p = common.flags(__doc__, steps=400, batch_size=32, lr=(1e-3, 1e-4))
     p.add_argument("--margin", type=common.amount, default=0.0, help="m of the loss (0)")
-    p.add_argument("--center", type=common.amount, default=0.01, help="c of the loss (0.01)")
+    p.add_argument("--center", type=common.amount, default=0.001, help="c of the loss (0.001)")
     p.add_argument("--warmup", type=common.share, default=0.05, help="share of the steps (0.05)")
     add = p.add_argument_group("label pairs in the terminal instead of training").add_argument
     add("--collect", type=common.whole, metavar="N",

@@ -349,7 +349,7 @@ def parse_args(argv=None):
     p = common.flags(__doc__, steps=200, batch_size=12, lr=(2e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
     common.sampling_flags(p)
-    add("--beta", type=amount, default=0.03, help="KL weight, units of score per nat (0.03)")
+    add("--beta", type=amount, default=0.08, help="KL weight, units of score per nat (0.08)")
     add("--max-kl", type=amount, default=0.001, help="delta, nats per token and step (0.001)")
     add("--cg-iters", type=whole, default=5, help="Fisher-vector products a step (5)")
     add("--damping", type=amount, default=0.1, help="added to F (0.1)")
