@@ -40,7 +40,7 @@ import lora
 
 
 def token_logps(logits, ids, temperature=1.0):
-    """log pi(y_t) of each sampled token under softmax(logits / temperature), in fp32.
+    """log pi(y_t) of each token of an answer under softmax(logits / temperature), in fp32.
 
     logits [B, R, V] that predict ids [B, R]. Returns [B, R], nats; enters (DPO.1)."""
     logits = logits.float() / temperature
@@ -137,7 +137,7 @@ def sample(model, tokenizer, rows, reward, args):
 def parse_args(argv=None):
     p = common.flags(__doc__, steps=200, batch_size=16, lr=(1.5e-3, 3e-5))
     add, amount = p.add_argument, common.amount
-    common.sampling_flags(p)  # of the samples that are looked at; nothing is learnt from them
+    common.sampling_flags(p)  # of answers to look at; but the loss has the temperature too
     add("--beta", type=amount, default=0.4, help="KL weight, units of reward per nat (0.4)")
     add("--loss", default="sigmoid", choices=["sigmoid", "ipo"], help="(sigmoid)")
     add("--label-smoothing", type=amount, default=0.0, help="share of flipped labels (0)")
@@ -178,7 +178,6 @@ def main(argv=None):
     test_refs = reference_logps(model, "policy", test_pairs, args)
     samples, texts_before, scores = sample(model, tokenizer, test, reward, args)
     before = measure(test_refs, test_refs, args) | samples
-    print(f"loss before training {before['loss']:.3f} (sigmoid: ln 2 = {math.log(2):.3f})")
     out = common.start_run(out, args)
 
     common.save_samples(out, 0, test, texts_before, scores)
@@ -207,6 +206,9 @@ def main(argv=None):
         row = {"step": step, "seconds": time.time() - clock, "grad_norm": norm, "lr": lr}
         row |= measure(logps, ref, args)
         common.append(out / "metrics.jsonl", row)
+        if step == 0:
+            tqdm.write(f"step 0, before any update: loss {row['loss']:.4f} "
+                       f"(sigmoid: ln 2 = {math.log(2):.4f})")
         bar.set_postfix({k: f"{row[k]:.2f}" for k in ("loss", "accuracy", "margin", "logp_chosen")})
         if args.save_every and (step + 1) % args.save_every == 0:
             lora.save_adapter(model, "policy", out / f"step-{step + 1}")

@@ -326,7 +326,7 @@ class Recorder:
 
 @pytest.mark.parametrize("micro", [1, 3])
 def test_each_step_has_the_gradient_of_its_whole_batch_against_the_first_policy(
-        kind, micro, monkeypatch, tmp_path):
+        kind, micro, monkeypatch, tmp_path, capsys):
     """At step 0, and at step 1, when the policy has moved away from what it is measured against."""
     model, out, flags = with_adapters(kind), tmp_path / "run", (
         "--adapter none --steps 2 --batch-size 3 --beta 0.3 --max-length 120 --max-new-tokens 2 "
@@ -339,6 +339,7 @@ def test_each_step_has_the_gradient_of_its_whole_batch_against_the_first_policy(
     parameters = lora.adapter_parameters(model, "policy")
     first = [p.detach().clone() for p in parameters]
     dpo.main([*flags.split(), "", "--out", str(out)])
+    assert "before any update: loss 0.6931 " in capsys.readouterr().out
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     pairs, order = common.encode_preferences(Letters(), ROWS, 120), common.batches(len(ROWS), 3, 5)
     for step in (0, 1):
