@@ -319,7 +319,7 @@ def load_adapter(model, name, folder, trainable=False):
     may still belong to another model: a folder may have moved, so that is told and not refused."""
     try:
         lora.load_adapter(model, name, folder, trainable)
-    except (FileNotFoundError, ValueError) as problem:
+    except (OSError, ValueError) as problem:
         fail(f"{problem}; give a folder that a script here or peft wrote")
     base = json.loads((Path(folder) / "adapter_config.json").read_text()).get(
         "base_model_name_or_path")
@@ -403,8 +403,8 @@ def chat_text(tokenizer, turns):
     except TemplateError as refusal:
         text, problem = "", refusal
     roles = [turn["role"] for turn in turns]
-    if roles[:2] == ["system", "user"] and turns[0]["content"].strip() not in text:
-        content = f"{turns[0]['content']}\n\n{turns[1]['content']}"
+    if roles[:2] == ["system", "user"] and (problem or turns[0]["content"].strip() not in text):
+        content = f"{turns[0]['content']}\n\n{turns[1]['content']}".lstrip("\n")
         return chat_text(tokenizer, [{"role": "user", "content": content}, *turns[2:]])
     if problem:
         fail(f"the model's chat template refuses a prompt with the turns {', '.join(roles)} "
@@ -762,7 +762,7 @@ def load_data(spec, need, need_test=True):
             except (KeyError, TypeError):  # messages that are none
                 parsed = {}
             if all(is_text(parsed.get(key)) for key in need):
-                found.append({**row, **parsed, "split": str(row.get("split") or split)})
+                found.append({**row, **parsed, "split": str(row.get("split") or split).lower()})
             else:
                 dropped += 1
     if dropped and not found:
@@ -905,19 +905,21 @@ def free_folder(args, script):
 def start_run(out, args):
     """Makes the folder of the run, writes config.json, all flags and the versions, and returns the
     folder. From here to finish() Ctrl-C ends in one line that names it."""
-    try:
-        out.mkdir(parents=True, exist_ok=bool(args.out))
-    except OSError as problem:
-        if not args.out and out.exists():  # a run that was started beside this one was faster
-            return start_run(free_folder(args, out.name.partition("-")[0]), args)
-        fail(f"cannot make --out {out}: {problem.strerror}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     config = {**vars(args), "python": sys.version.split()[0], **versions}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        out.mkdir(parents=True, exist_ok=bool(args.out))
+        with open(out / "config.json", "x") as file:  # "x": not where another run has begun
+            file.write(json.dumps(config, indent=2) + "\n")
+    except OSError as problem:
+        if isinstance(problem, FileExistsError) and not args.out:
+            # a run that was started beside this one was faster
+            return start_run(free_folder(args, out.name.partition("-")[0]), args)
+        fail(f"cannot make --out {out}: {problem.strerror}")
 
     def stop(*_):
         print(file=sys.stderr)  # below the progress bar
-        fail(f"interrupted; {out} keeps what was written, adapters only with --save-every")
+        fail(f"interrupted; {out} keeps what was written (adapters: --save-every, or at the end)")
 
     signal.signal(signal.SIGINT, stop)
     return out
@@ -1007,7 +1009,7 @@ def parse_args(argv=None):
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
     p.add_argument("--trust-remote-code", action="store_true")
-    p.set_defaults(max_length=1024)
+    p.add_argument("--max-length", type=whole, default=1024, help="prompt + answer (1024)")
     return by_model(p.parse_args(argv))
 
 

@@ -394,6 +394,13 @@ def test_a_system_turn_that_the_template_does_not_take_opens_the_user_s_turn(tem
         question + spell("Yes") + [TURN] + spell("\n") + [START] + spell("user\nOh") + CLOSED)
 
 
+@pytest.mark.parametrize("template", [REFUSES, LEAVES_OUT, ALTERNATES])
+def test_an_empty_system_turn_is_none(template):
+    turns = [{"role": "system", "content": ""}, SYSTEM[1]]
+    got = common.encode_prompt(byte_tokenizer(template), turns)
+    assert got == [START] + spell("user\nHi?") + CLOSED
+
+
 @pytest.mark.parametrize("roles", [["user", "user"], ["system"], ["system", "assistant"]])
 def test_turns_that_the_template_refuses_end_in_one_line(roles, capsys):
     turns = [{"role": role, "content": "text"} for role in roles]
@@ -715,7 +722,8 @@ def test_splits_named_as_in_UltraFeedback_hold_out_the_test_one(tmp_path):
     assert [r["prompt"] for r in test] == ["t"] and len(train) == 40
 
 
-@pytest.mark.parametrize("name", ["test", "val", "validation", "dev", "eval", "test_prefs"])
+@pytest.mark.parametrize("name", ["test", "val", "validation", "dev", "eval", "test_prefs",
+                                  "Test", "VALIDATION"])
 def test_a_split_of_any_usual_name_is_held_out(tmp_path, name):
     rows = [{"prompt": f"q{i}", "split": name if i > 6 else "train"} for i in range(9)]
     train, test = common.load_data(write(tmp_path / "d.jsonl", rows), ["prompt"])
@@ -823,3 +831,15 @@ def test_two_runs_started_together_do_not_share_a_folder(tmp_path, monkeypatch):
     made = [common.start_run(out, args) for out in chosen]
     assert [str(out) for out in made] == ["runs/reward_model", "runs/reward_model-2"]
     assert json.loads((made[1] / "config.json").read_text())["seed"] == 3
+
+
+def test_a_named_folder_is_not_shared_either(tmp_path, monkeypatch, capsys):
+    """Both looked while it was free."""
+    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
+    args = argparse.Namespace(out=str(tmp_path / "run"), seed=3)
+    chosen = [common.free_folder(args, "ppo") for _ in range(2)]
+    common.start_run(chosen[0], args)
+    with pytest.raises(SystemExit) as end:
+        common.start_run(chosen[1], args)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and str(tmp_path / "run") in error
