@@ -375,8 +375,8 @@ def inspect(model, name):
     for path, layer in lora_layers(model).items():
         A, B = layer.lora_A[name], layer.lora_B[name]
         size, base = layer.delta(name).norm().item(), layer.base.weight.float().norm().item()
-        total += A.numel() + B.numel()
         count = A.numel() + B.numel()
+        total += count
         print(f"{path:44} {len(A):5} {count:11,} {size:9.3f} {base:9.3f} {size / base:7.1%}")
     share = total / sum(p.numel() for p in model.parameters())
     head = " and a scalar head" if name in getattr(model, "heads", {}) else ""
@@ -388,7 +388,8 @@ def merge(model, tokenizer, ends, out):
 
     ends: the tokens that end an answer. Raises ValueError for what cannot be merged."""
     if "adapter" in getattr(model, "heads", {}):
-        own = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+        own = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id,
+               *tokenizer.added_tokens_decoder]  # an ordinary one would be cut out of every text
         fit = set(range(model.get_input_embeddings().num_embeddings)) - set(ends)
         pad = next(i for i in [*own, *sorted(fit)] if i in fit)
         tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(pad), "right"

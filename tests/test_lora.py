@@ -5,10 +5,16 @@ import math
 
 import pytest
 import torch
+from byte_tokenizer import ALPHABET
 from conftest import toy
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 from transformers.pytorch_utils import Conv1D
 
 import common
@@ -491,6 +497,25 @@ def test_a_reward_model_scores_the_same_in_peft(kind, targets, tmp_path):
         ours = common.sequence_scores(model, "reward", ids, attention)
     assert torch.allclose(ours, expected, atol=1e-4)
     assert (ours[0] - ours[1]).abs() > 1e-3
+
+
+def test_a_merged_reward_model_pads_with_a_token_that_no_text_has(monkeypatch, tmp_path):
+    """Where the end pads, as in Qwen: an ordinary token would be cut out of texts once it pads."""
+    tokens = {token: i for i, token in enumerate([*ALPHABET, "<end>", "<start>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<end>", "<start>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>",
+        additional_special_tokens=["<start>"])
+    model = trained(toy("llama"), "adapter", ("q_proj",))
+    lora.add_head(model, "adapter")
+    model.resize_token_embeddings(len(tokens))
+    lora.merge(model, tokenizer, [tokens["<end>"]], tmp_path / "merged")
+    reader = PreTrainedTokenizerFast.from_pretrained(tmp_path / "merged")
+    assert reader.pad_token == "<start>" and reader("!! !").input_ids == tokenizer("!! !").input_ids
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert scorer.config.pad_token_id == tokens["<start>"]
 
 
 def test_a_reward_model_made_by_peft_loads_here_with_its_head(kind, targets, tmp_path):
