@@ -159,6 +159,7 @@ def main(argv=None):
         if step == 0:
             row |= before
         if step == args.steps - 1:
+            lora.save_adapter(model, "policy", out)
             after, texts_after, rouge = evaluate(
                 model, "policy", tokenizer, test, test_pairs, args)
             row |= after
@@ -166,7 +167,6 @@ def main(argv=None):
         if args.save_every and (step + 1) % args.save_every == 0:
             lora.save_adapter(model, "policy", out / f"step-{step + 1}")
 
-    lora.save_adapter(model, "policy", out)
     common.save_samples(out, args.steps, test, texts_after, rouge)
     common.print_samples(test, texts_before, texts_after)
     common.print_table(f"{len(test)} held-out prompts", before, after)
