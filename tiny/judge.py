@@ -6,8 +6,8 @@
 
 All on the held-out prompts, sampled at the temperature of ppo.py. Columns: gold (mean gold_score),
 on topic (share that answers the question asked, and nothing else), stops (share that ends by
-itself), score (reward model), KL (to the SFT model, nats per response), top answer (the largest
-share that one answer has among the first 100), tokens.
+itself), score (reward model) and its standard deviation, KL (to the SFT model, nats per response),
+tokens, top answer (the largest share that one answer has among the first 100).
 """
 
 import json
@@ -100,7 +100,8 @@ def best_of(args, sizes):
     for n in sizes:
         best = score.view(-1, each)[:, :n].argmax(1, keepdim=True)
         picked = {"score": score.view(-1, each), "gold": gold, "on topic": topic}
-        out[n] = stats | {k: x.gather(1, best).mean().item() for k, x in picked.items()}
+        out[n] = stats if n == 1 else {}  # its other columns are those of all the answers
+        out[n] |= {k: x.gather(1, best).mean().item() for k, x in picked.items()}
         out[n]["best gold"] = gold[:, :n].max(1).values.mean().item()
     return out
 
@@ -115,7 +116,7 @@ def parse_args(argv=None):
     p.add_argument("--json", action="store_true", help="print one object, without --sft's own row")
     p.add_argument("--samples", type=int, default=0, help="answers to print of each (0)")
     p.add_argument("--probe", action="store_true", help="only the reward model's table of flaws")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=common.seed, default=0)
     return p.parse_args(argv)
 
 

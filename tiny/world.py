@@ -109,20 +109,18 @@ def compose(topic, style, rng):
     t = TOPICS[topic]
     if style == "technical":
         body = rng.sample(t["technical"], rng.randint(2, 4))
-        lead = LEADS[4:]
     elif style == "plain":
         body = rng.sample(t["plain"], rng.randint(2, 4))
         if rng.random() < 0.25:
             body.insert(rng.randint(1, len(body)), rng.choice(t["analogy"]))
-        lead = LEADS[:2]
     else:
         body = rng.sample(t["plain"], rng.choice([1, 2, 2, 3]))
         body.insert(rng.randint(1, len(body)), rng.choice(t["analogy"]))
-        lead = LEADS[:4]
     if rng.random() < 0.25:
         where = rng.randrange(len(body))
+        lead = LEADS[4:] if style == "technical" else LEADS[:2]
         is_analogy = body[where] in t["analogy"]
-        body[where] = rng.choice(LEADS[2:4] if is_analogy else lead[:2]) + body[where]
+        body[where] = rng.choice(LEADS[2:4] if is_analogy else lead) + body[where]
     if style == "friendly" or (style == "plain" and rng.random() < 0.15):
         body.insert(0, rng.choice(OPENERS))
     if style == "friendly" or (style == "plain" and rng.random() < 0.15):
@@ -147,7 +145,7 @@ def another_prompt(sentences, topic, rng, style="friendly"):
 
 
 def jargon(sentences, topic, rng):
-    """Technical sentences in place of plain ones."""
+    """Technical sentences in place of all facts and analogies."""
     out = list(sentences)
     facts = [i for i, s in enumerate(out) if lookup(s)[0] in FACTS] or [0]
     for i, term in zip(facts, rng.sample(TOPICS[topic]["technical"], 6)):
@@ -173,7 +171,7 @@ def abrupt(sentences, topic, rng):
 
 
 def rambling(sentences, topic, rng):
-    """Filler between the sentences, more of it towards the end."""
+    """Two to four sentences of filler, anywhere behind the first sentence."""
     out = list(sentences)
     for filler in rng.sample(FILLERS, rng.randint(2, 4)):
         out.insert(rng.randint(1, len(out)), filler)
@@ -185,7 +183,7 @@ def missing_part(sentences, topic, rng):
     kinds = [lookup(s)[0] for s in sentences]
     gone = rng.choice(sorted(set(kinds)))
     out = [s for s, kind in zip(sentences, kinds) if kind != gone]
-    return out if len(out) < len(sentences) else out[:-1]
+    return out
 
 
 def garbled(sentences, topic, rng):
@@ -201,7 +199,7 @@ def garbled(sentences, topic, rng):
 
 
 def padding(sentences, topic, rng):
-    """Too long: every plain sentence of the topic that is not there yet, before the end."""
+    """Too long: five more plain sentences of the topic, or all there are, before the end."""
     rest = [s for s in TOPICS[topic]["plain"] if s not in sentences]
     return sentences[:-1] + rng.sample(rest, min(len(rest), 5)) + sentences[-1:]
 
