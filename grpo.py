@@ -176,7 +176,8 @@ def rollout(model, tokenizer, rows, G, reward, generator, args):
 
 
 def update(model, parameters, optimizer, batch, args):
-    """--ppo-epochs passes over the batch; returns statistics averaged over all minibatches."""
+    """--ppo-epochs passes over the batch; returns statistics averaged over all minibatches, the
+    largest ratio, and those of the first minibatch."""
     mask, seen, beta = batch["mask"], [], args.beta if args.kl_in == "loss" else 0.0
     logps = partial(token_logps, temperature=args.temperature)
     for _ in range(args.ppo_epochs):
@@ -195,7 +196,7 @@ def update(model, parameters, optimizer, batch, args):
                     log_ratio = (logp - old) * m
                     ratio = importance_ratio(logp, old, m, args.loss)
                     outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
-                    kl = masked_mean(log_ratio.expm1() - log_ratio, m)  # KL(old || new), k3
+                    kl = masked_mean(log_ratio.expm1() - log_ratio, m)  # k3 of KL(old, new)
                     stats.update(loss=(loss * share).item(), approx_kl=(kl * tokens).item(),
                                  clip_fraction=(masked_mean(outside.float(), m) * tokens).item())
                     stats["ratio_max"] = max(stats["ratio_max"], ratio.max().item())

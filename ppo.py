@@ -173,7 +173,8 @@ def rollout(model, tokenizer, rows, reward, generator, args):
 
 
 def update(model, parameters, optimizer, batch, args):
-    """--ppo-epochs passes over the batch; returns statistics averaged over all minibatches."""
+    """--ppo-epochs passes over the batch; returns statistics averaged over all minibatches, the
+    largest ratio, and those of the first minibatch."""
     mask, seen = batch["mask"], []
     logps = partial(token_logps, temperature=args.temperature)
     for _ in range(args.ppo_epochs):
@@ -185,14 +186,15 @@ def update(model, parameters, optimizer, batch, args):
                 values = common.response_values(model, "critic", b["ids"], b["attention"], R)
                 l_pi = policy_loss(logp, b["logp"], b["adv"], m, args.clip)
                 l_v = value_loss(values, b["values"], b["ret"], m, args.value_clip)
+                loss = l_pi + args.value_coef * l_v
                 share = m.sum() / mask[rows].sum()  # a token weighs the same in any micro-batch
-                ((l_pi + args.value_coef * l_v) * share).backward()
+                (loss * share).backward()
                 with torch.no_grad():
                     log_ratio = (logp - b["logp"]) * m
                     ratio = log_ratio.exp()
                     clipped = masked_mean(((ratio - 1).abs() > args.clip).float(), m)
-                    kl = masked_mean(log_ratio.expm1() - log_ratio, m)  # KL(old || new), k3
-                    means = {"loss": l_pi + args.value_coef * l_v, "policy_loss": l_pi,
+                    kl = masked_mean(log_ratio.expm1() - log_ratio, m)  # k3 of KL(old, new)
+                    means = {"loss": loss, "policy_loss": l_pi,
                              "value_loss": l_v, "clip_fraction": clipped, "approx_kl": kl}
                     stats.update({key: (x * share).item() for key, x in means.items()})
                     stats["ratio_max"] = max(stats["ratio_max"], ratio.max().item())

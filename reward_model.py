@@ -105,8 +105,6 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if not args.collect:
         args.max_new_tokens = 0  # training samples nothing and needs no room for it
-    elif args.temperature == 0:
-        common.fail("--temperature must be above 0: two greedy answers are the same")
     data = "prompts.jsonl" if args.collect else "preferences.jsonl"
     common.defaults(args, adapter="sft", data=data)
     return args

@@ -278,7 +278,7 @@ def gain_and_kl(model, batch, args):
 
 
 def natural_step(model, parameters, old, batch, args):
-    """The longest step along the natural gradient inside the trust region, a vector, and |g|.
+    """The step along the natural gradient that should end at D = max_kl, a vector, and |g|.
     `old`, tensors like the parameters, must hold theta_old; the policy is not moved.
 
     s comes from F on --fisher-rows rows. A direction that changes nothing on these costs nothing in
