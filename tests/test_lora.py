@@ -499,7 +499,7 @@ def test_a_reward_model_scores_the_same_in_peft(kind, targets, tmp_path):
     assert (ours[0] - ours[1]).abs() > 1e-3
 
 
-def test_a_merged_reward_model_pads_with_a_token_that_no_text_has(monkeypatch, tmp_path):
+def test_a_merged_reward_model_pads_with_a_token_that_no_text_has(tmp_path):
     """Where the end pads, as in Qwen: an ordinary token would be cut out of texts once it pads."""
     tokens = {token: i for i, token in enumerate([*ALPHABET, "<end>", "<start>"])}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))

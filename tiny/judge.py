@@ -96,12 +96,11 @@ def best_of(args, sizes):
     stats, pairs, score = judge(args.sft, args, each)
     gold = torch.tensor([world.gold_score(*pair) for pair in pairs]).view(-1, each)
     topic = torch.tensor([float(world.on_topic(*pair)) for pair in pairs]).view(-1, each)
-    out = {}
+    columns, out = {"score": score.view(-1, each), "gold": gold, "on topic": topic}, {}
     for n in sizes:
-        best = score.view(-1, each)[:, :n].argmax(1, keepdim=True)
-        picked = {"score": score.view(-1, each), "gold": gold, "on topic": topic}
-        out[n] = stats if n == 1 else {}  # its other columns are those of all the answers
-        out[n] |= {k: x.gather(1, best).mean().item() for k, x in picked.items()}
+        best = columns["score"][:, :n].argmax(1, keepdim=True)
+        picked = {key: x.gather(1, best).mean().item() for key, x in columns.items()}
+        out[n] = stats | picked if n == 1 else picked  # the other columns: of all the answers
         out[n]["best gold"] = gold[:, :n].max(1).values.mean().item()
     return out
 

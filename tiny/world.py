@@ -182,8 +182,7 @@ def missing_part(sentences, topic, rng):
     """One of the parts is gone: the greeting, the comparison, the question, or the plain facts."""
     kinds = [lookup(s)[0] for s in sentences]
     gone = rng.choice(sorted(set(kinds)))
-    out = [s for s, kind in zip(sentences, kinds) if kind != gone]
-    return out
+    return [s for s, kind in zip(sentences, kinds) if kind != gone]
 
 
 def garbled(sentences, topic, rng):
