@@ -130,8 +130,8 @@ def sampling_flags(p):
     add("--max-new-tokens", type=whole, default=96, help="of a response (96)")
     add("--temperature", type=amount, default=TEMPERATURE,
         help="of sampling and log-probabilities (tiny: 0.5, else 0.7)")
-    add("--missing-eos-score", type=finite, default=-3.0,
-        help="if it does not stop; below what finished answers score (-3)")
+    add("--missing-eos-score", type=finite, default=(-10.0, -3.0),
+        help="if it does not stop; below what finished answers score (tiny: -10, else -3)")
 
 
 def by_model(args):
@@ -640,13 +640,14 @@ def decode(tokenizer, ids, mask):
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def answer(model, tokenizer, prompts, max_new_tokens, temperature=0.0, max_length=1024, chunk=64):
+def answer(model, tokenizer, prompts, max_new_tokens, temperature=0.0, max_length=1024, chunk=64,
+           generator=None):
     """(texts, stopped by themselves: list of bool) for a list of prompts."""
     texts, stopped, stop = [], [], stop_ids(model, tokenizer)
     room = max_length - max_new_tokens
     for i in range(0, len(prompts), chunk):
         encoded = [encode_prompt(tokenizer, p)[-room:] for p in prompts[i : i + chunk]]
-        ids, _, mask = sample(model, encoded, stop, max_new_tokens, temperature)
+        ids, _, mask = sample(model, encoded, stop, max_new_tokens, temperature, generator)
         ids = ids[:, -mask.shape[1] :]
         texts += decode(tokenizer, ids, mask)
         stopped += ended(ids, mask, stop).tolist()

@@ -213,7 +213,7 @@ def update(model, parameters, optimizer, batch, args):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=12, lr=(1e-3, 3e-5))
+    p = common.flags(__doc__, steps=200, batch_size=8, lr=(1e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
     common.sampling_flags(p)
     add("--group-size", type=whole, default=4, help="G, answers a prompt; divides the batch (4)")

@@ -211,7 +211,7 @@ def update(model, parameters, optimizer, batch, args):
 
 
 def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=12, lr=(1e-3, 3e-5))
+    p = common.flags(__doc__, steps=200, batch_size=8, lr=(1e-3, 3e-5))
     add, whole, amount = p.add_argument, common.whole, common.amount
     common.sampling_flags(p)
     add("--beta", type=amount, default=0.05, help="KL weight, units of score per nat (0.05)")

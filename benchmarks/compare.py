@@ -4,7 +4,7 @@
     python benchmarks/compare.py --table    trains nothing: the table of what has run so far
     python benchmarks/compare.py --quick    14 steps, one seed, one --beta: to see that it works
 
-All start from tiny/sft and look at 2400 answers, in 200 steps of 12, dpo at as many labelled pairs.
+All start from tiny/sft and look at 1600 answers, in 200 steps of 8, dpo at as many labelled pairs.
 Three seeds with otherwise default flags, seed 0 with another --beta, and one PPO run without a KL
 penalty that goes on for too long.
 Every policy is judged from outside by tiny/judge.py, on held-out prompts: by the reward model it
@@ -45,7 +45,7 @@ def plan(args):
     runs = {"ppo-long": ["ppo.py", "--beta", "0", "--steps", str(2 * steps),
                          "--save-every", str(math.ceil(steps / 5))]}
     for script, beta in ANOTHER_BETA.items():
-        same = [f"{script}.py", "--steps", str(steps), "--batch-size", "12"]
+        same = [f"{script}.py", "--steps", str(steps), "--batch-size", "8"]
         runs |= {f"{script}-seed{seed}": [*same, "--seed", str(seed)] for seed in seeds}
         if not args.quick:
             runs[f"{script}-beta{beta:g}"] = [*same, "--beta", str(beta)]
@@ -149,7 +149,7 @@ def main(argv=None):
             raise SystemExit(f"error: no run of this tiny/ in {folder}; "
                              "benchmarks/compare.md has a table")
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(best_of, folder, 8 if args.quick else 64)]
+        jobs = [pool.submit(best_of, folder, 8 if args.quick else prompts)]
         jobs += [pool.submit(train, n, argv, folder, prompts) for n, argv in runs.items()]
         best, *_ = [job.result() for job in tqdm(jobs)]
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name in runs}

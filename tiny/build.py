@@ -1,16 +1,16 @@
-"""Rebuilds everything in tiny/ from its seeds: 70 to 100 minutes on 2 CPU cores.
+"""Rebuilds everything in tiny/ from its seeds: 83 minutes on 2 CPU cores.
 
     python tiny/build.py                 everything
     python tiny/build.py --from sft      from a stage on
 
     1. base            a BPE tokenizer and a Llama of 2.3 million parameters, from scratch, on
                        documents that are composed from world.py as they are read
-    2. midtrain        some more of it, with more transcripts of an assistant
-    3. ranking         the same, and which of two answers is whole and which is broken
-    4. demonstrations  questions with answers of mixed quality, as a crowd writes them
-    5. sft             python sft.py
-    6. preferences     pairs sampled from the SFT model, some damaged, judged by a noisy labeller
-    7. reward          python reward_model.py
+    2. ranking         more of it, with more transcripts of an assistant, and which of two answers
+                       is whole and which is broken
+    3. demonstrations  questions with answers of mixed quality, as a crowd writes them
+    4. sft             python sft.py
+    5. preferences     pairs sampled from the SFT model, some damaged, judged by a noisy labeller
+    6. reward          python reward_model.py
 """
 
 import argparse
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -152,31 +153,39 @@ def next_token_loss(model, block):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), block[:, 1:].flatten())
 
 
-def pretrain(model, stream, steps, peak, batch_size=32, ranking=None):
-    """Next-token prediction, and `ranking` if given; AdamW, warm-up over 100 steps, cosine decay.
+@contextmanager
+def two_threads():
+    """A pool of two threads with half the cores each: next-token prediction with half a batch in
+    each takes 0.7 of the time of the whole batch on both cores, for the matrices are small."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(max(1, cores // 2))
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+    torch.set_num_threads(cores)
 
-    Two threads with half a batch and half the cores each: next-token prediction takes 0.7 of the
-    time that it takes with the whole batch on both cores, for its matrices are small."""
+
+def pretrain(model, stream, steps, first, last, batch_size=32, ranking=None):
+    """Next-token prediction, and `ranking` if given; AdamW, warm-up over 100 steps, then a learning
+    rate that falls from `first` to `last` along a cosine."""
     print(f"{model.num_parameters():,} parameters, {steps * batch_size * BLOCK:,} tokens")
     parameters = [*model.parameters(), *(ranking.parameters() if ranking else ())]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.05)
-    start, cores, pool = time.time(), torch.get_num_threads(), ThreadPoolExecutor(2)
-    torch.set_num_threads(max(1, cores // 2))
-    for step in range(steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        lr = peak * min(1, (step + 1) / 100) * (0.02 + 0.98 * cosine)
-        optimizer.param_groups[0]["lr"] = lr
-        block = torch.tensor([next(stream) for _ in range(batch_size)])
-        losses = [lambda x=half: next_token_loss(model, x) / 2 for half in block.chunk(2)]
-        losses += ranking.losses(model) if ranking else []
-        values = add_gradients(losses, parameters, pool)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if step % 100 == 0 or step == steps - 1:
-            found = f"  loss {sum(values[:2]):.3f}"
-            found += f"  ranking {sum(values[2:]):.3f}" if ranking else ""
-            print(f"  step {step:5}{found}  {time.time() - start:5.0f} s", flush=True)
-    torch.set_num_threads(cores)
+    optimizer = torch.optim.AdamW(parameters, lr=first, betas=(0.9, 0.95), weight_decay=0.05)
+    start = time.time()
+    with two_threads() as pool:
+        for step in range(steps):
+            cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+            lr = (last + (first - last) * cosine) * min(1, (step + 1) / 100)
+            optimizer.param_groups[0]["lr"] = lr
+            block = torch.tensor([next(stream) for _ in range(batch_size)])
+            losses = [lambda x=half: next_token_loss(model, x) / 2 for half in block.chunk(2)]
+            losses += ranking.losses(model) if ranking else []
+            values = add_gradients(losses, parameters, pool)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            if step % 100 == 0 or step == steps - 1:
+                found = f"  loss {sum(values[:2]):.3f}"
+                found += f"  ranking {sum(values[2:]):.3f}" if ranking else ""
+                print(f"  step {step:5}{found}  {time.time() - start:5.0f} s", flush=True)
 
 
 def save_base(model, tokenizer):
@@ -198,24 +207,7 @@ def build_base():
         vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, **BASE,
     ))
-    pretrain(model, token_stream(tokenizer, rng), steps=2800, peak=3e-3)
-    save_base(model, tokenizer)
-
-
-def document_or_transcript(rng):
-    return transcript(rng) if rng.random() < 0.4 else document(rng)
-
-
-def load_base():
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "model")
-    return LlamaForCausalLM.from_pretrained(HERE / "model", dtype=torch.float32), tokenizer
-
-
-def build_midtrain():
-    """More transcripts, so that the base writes English behind the prompt format too."""
-    model, tokenizer = load_base()
-    stream = token_stream(tokenizer, random.Random(4), document_or_transcript)
-    pretrain(model, stream, steps=500, peak=1.5e-3)
+    pretrain(model, token_stream(tokenizer, rng), steps=2400, first=3e-3, last=1.5e-3)
     save_base(model, tokenizer)
 
 
@@ -270,12 +262,22 @@ class Ranking(torch.nn.Module):
         return reward_model.bradley_terry_loss(whole, broken) * len(part) / self.pairs
 
 
+def document_or_transcript(rng):
+    """More transcripts, so that the base writes English behind the prompt format too."""
+    return transcript(rng) if rng.random() < 0.4 else document(rng)
+
+
+def load_base():
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "model")
+    return LlamaForCausalLM.from_pretrained(HERE / "model", dtype=torch.float32), tokenizer
+
+
 def build_ranking():
     model, tokenizer = load_base()
     torch.manual_seed(11)
     stream = token_stream(tokenizer, random.Random(12), document_or_transcript)
     ranking = Ranking(tokenizer, random.Random(11))
-    pretrain(model, stream, steps=2400, peak=1.5e-3, batch_size=16, ranking=ranking)
+    pretrain(model, stream, steps=2200, first=1.5e-3, last=3e-5, batch_size=16, ranking=ranking)
     save_base(model, tokenizer)
 
 
@@ -326,16 +328,22 @@ DAMAGE = dict(off_topic=2, another_prompt=0, jargon=1, repetition=5, abrupt=1, r
 def answer_pools(split, each):
     """{prompt: `each` samples of the SFT model, the best by the hidden preference first}."""
     args = argparse.Namespace(model="tiny", device="cpu", dtype="fp32", trust_remote_code=False)
-    common.seed_everything(2)
     model, tokenizer = common.load_model(args)
     lora.load_adapter(model, "sft", HERE / "sft")
     asked = [row["prompt"] for row in world.prompts() if row["split"] == split]
-    with lora.use_adapter(model, "sft"):
-        repeated = [p for p in asked for _ in range(each)]
-        texts, _ = common.answer(model, tokenizer, repeated, 96, temperature=0.8, chunk=256)
-    pools = {p: texts[i * each : (i + 1) * each] for i, p in enumerate(asked)}
-    for p, pool in pools.items():
-        pool.sort(key=lambda text: -world.gold_score(p, text))
+
+    def answers(prompts, seed):
+        repeated, generator = [p for p in prompts for _ in range(each)], torch.Generator()
+        return common.answer(model, tokenizer, repeated, 96, temperature=0.8, chunk=256,
+                             generator=generator.manual_seed(seed))[0]
+
+    half = len(asked) // 2
+    with lora.use_adapter(model, "sft"), two_threads() as threads:
+        texts = sum(threads.map(answers, (asked[:half], asked[half:]), (2, 5)), [])
+    pools = {}
+    for i, p in enumerate(asked):
+        said = [text for text in texts[i * each : (i + 1) * each] if text.strip()]
+        pools[p] = sorted(said, key=lambda text: -world.gold_score(p, text))
     return pools
 
 
@@ -360,7 +368,7 @@ def pair_of(asked, other, pools, rng):
 def judged_pairs(split, n, rng):
     """n pairs, each judged once by a labeller who prefers a to b with probability
     sigmoid((gold(a) - gold(b)) / LABEL_TEMPERATURE)."""
-    pools, prompts, rows = answer_pools(split, each=24), draw(split, n, rng), []
+    pools, prompts, rows = answer_pools(split, each=16), draw(split, n, rng), []
     for asked in prompts:
         other = rng.choice([row for row in prompts if row["topic"] != asked["topic"]])
         a, b, made = pair_of(asked, other, pools, rng)
@@ -395,7 +403,6 @@ def train(script, folder, *flags):
 
 STAGES = {
     "base": build_base,
-    "midtrain": build_midtrain,
     "ranking": build_ranking,
     "demonstrations": build_demonstrations,
     "sft": lambda: train("sft.py", "sft"),
