@@ -326,7 +326,8 @@ DAMAGE = dict(off_topic=2, another_prompt=0, jargon=1, repetition=5, abrupt=1, r
 
 
 def answer_pools(split, each):
-    """{prompt: `each` samples of the SFT model, the best by the hidden preference first}."""
+    """{prompt: `each` samples of the SFT model without the empty ones, which make no pair, the best
+    by the hidden preference first}."""
     args = argparse.Namespace(model="tiny", device="cpu", dtype="fp32", trust_remote_code=False)
     model, tokenizer = common.load_model(args)
     lora.load_adapter(model, "sft", HERE / "sft")
