@@ -5,14 +5,20 @@ The best policy at E[r(x, y)] - beta KL(pi || pi_ref) is pi*(y) = pi_ref(y) exp(
 Solved for r: the reward under which pi is best is beta log(pi / pi_ref) + beta log Z. Put into the
 Bradley-Terry model of a preference of w over l, Z cancels:
 
+    (RL.1)   log pi(y_t) = log softmax(logits / temperature)[y_t]
     (DPO.1)  h = (log pi - log pi_ref)(w) - (log pi - log pi_ref)(l),   P(w > l) = sigmoid(beta h)
     (DPO.2)  L = -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)  s: labels believed flipped
     (DPO.3)  L = (h - 1 / (2 beta))^2                                   "ipo"
     (DPO.4)  accuracy = P(h > 0),  margin = E[beta h]
 
+The algorithm:
+    1. before training: log pi_ref of both answers of each pair
+    2. each step: a batch of pairs, and one step of gradient descent on (DPO.2) or (DPO.3)
+
 Log-probabilities are sums over the tokens of an answer, its EOS included. Those of the reference
-never change: they are computed once, before training, when the policy still is the reference. So
-the first loss is ln 2 (sigmoid) and the first margin 0.
+never change: they are computed once, before training. If the policy still is the reference then,
+the first loss is ln 2 (sigmoid) and the first margin 0. Log-probabilities are at --temperature; for
+answers of one token, a beta at temperature 1 corresponds to beta times the temperature here.
 
 Often both log-probabilities fall while the margin grows, the chosen one's too. (DPO.2) sees only
 the difference: pushing the rejected answer down further serves it as well as lifting the chosen
@@ -25,9 +31,9 @@ Left out on purpose: length normalisation, and a loss on the chosen answers besi
     python dpo.py --loss ipo --beta 0.2
 """
 
-import math
 import time
-from functools import partial
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +42,49 @@ from tqdm import tqdm
 import common
 import lora
 
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 200  # batches to learn from
+    batch_size: int = 16  # pairs per step
+    micro_batch_size: int | None = None  # pairs per forward pass, to save memory; none: all
+    lr: float = 3e-5  # peak learning rate (AdamW)
+    warmup: float = 0.05  # share of the steps in which the learning rate rises
+    seed: int = 0  # of everything random
+    lora_rank: int = 16  # r of a new adapter
+    lora_alpha: float = 32.0  # alpha of a new adapter
+    lora_targets: str = "auto"  # its layers, comma-separated; all-linear; auto: query, value
+    max_length: int = 1024  # tokens of prompt and answer; a longer prompt loses its beginning
+    max_new_tokens: int = 96  # tokens of an answer that is sampled to look at
+    temperature: float = 1.0  # of all log-probabilities, and of those answers
+    missing_eos_score: float | None = -3.0  # of an answer that was cut off; none: the reward's
+    beta: float = 0.4  # KL weight, units of reward per nat
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # (DPO.2) or (DPO.3)
+    label_smoothing: float = 0.0  # s, the share of labels believed flipped (sigmoid only)
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ValueError("--temperature must be above 0: at 0 all answers to a prompt are one")
+        if self.max_new_tokens >= self.max_length:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt "
+                             f"in --max-length {self.max_length}")
+        if self.beta <= 0:
+            raise ValueError("--beta must be above 0: it divides the reward")
+        if self.label_smoothing >= 0.5 or (self.label_smoothing and self.loss == "ipo"):
+            raise ValueError("--label-smoothing must be below 0.5, and goes with --loss sigmoid")
+
+
+TINY = {"lr": 1.5e-3, "micro_batch_size": 4, "temperature": 0.5, "missing_eos_score": -10.0}
+
 # ------------------------------------------------------------------------------ the mathematics
 
 
 def token_logps(logits, ids, temperature=1.0):
-    """log pi(y_t) of each token of an answer under softmax(logits / temperature), in fp32.
+    """log pi(y_t) of each token under softmax(logits / temperature), in fp32. (RL.1)
 
-    logits [B, R, V] that predict ids [B, R]. Returns [B, R], nats; enters (DPO.1)."""
+    logits [B, R, V] that predict ids [B, R]. Returns [B, R], nats."""
     logits = logits.float() / temperature
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)  # (RL.1)
 
 
 def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta=0.1, loss="sigmoid", label_smoothing=0.0):
@@ -67,160 +107,225 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta=0.1, loss="sigmoid", label_smoot
     raise ValueError(f"loss must be sigmoid, or ipo without label smoothing, got {loss!r}")
 
 
-# ------------------------------------------------------------------------------ batch
+# ------------------------------------------------------------------------------ the two models
 
 
-def pair_logps(model, name, pairs, args):
-    """Summed log-probabilities (chosen [B], rejected [B]) in one forward pass over both."""
-    prompts, left = common.pad([p for _, p, _, _ in pairs] * 2, "left", model.device)
-    answers = [w for _, _, w, _ in pairs] + [l for _, _, _, l in pairs]
-    y, mask = common.pad(answers, "right", model.device)
-    ids, attention = torch.cat([prompts, y], 1), torch.cat([left, mask], 1)
-    with lora.use_adapter(model, name):
-        states = common.response_states(model, ids, attention, y.shape[1])
-    logp = common.per_token(model, states, partial(token_logps, temperature=args.temperature), y)
-    return (logp * mask).sum(1).chunk(2)
+def make_models(model, config):
+    """Hangs DPO's models on the frozen base as adapters: makes what is missing, keeps the rest.
+
+    policy      trained; if you loaded none, a new adapter, which changes nothing yet
+    reference   a frozen copy of the policy as it was at the start"""
+    # A new adapter is drawn at random, without touching the random numbers of the caller.
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if "policy" not in lora.names(model):
+            lora.add_adapter(model, "policy", config.lora_rank, config.lora_alpha,
+                             targets=config.lora_targets)
+        # With the policy new, this copy is the bare base.
+        if "reference" not in lora.names(model):
+            lora.copy_adapter(model, "policy", "reference")
+
+
+def encode_pairs(tokenizer, rows, max_length):
+    """What `common.encode` makes of the pairs that can teach something: both answers fit, and they
+    are not the same."""
+    encoded = common.encode(tokenizer, rows, ["chosen", "rejected"], max_length)
+    return [item for item in encoded if item[2][0] != item[2][1]]
+
+
+def pair_logps(model, b, config):
+    """log pi of both answers to each prompt, [N, 2], summed over their tokens, by the adapter that
+    is active.
+
+    `common.read` gives the logits after the prompt and after each token of the answer. The logits
+    at a position predict the token that comes next: position t-1 predicts token t. So the first of
+    these R + 1 predicts y_1, and the last predicts nothing that we have, and is dropped."""
+    logits = common.read(model, b["x"], b["x_mask"], b["y"], b["mask"])[:, :-1]  # [2 N, R, V]
+    logp = token_logps(logits, b["y"], config.temperature)  # (RL.1)
+    return (logp * b["mask"]).sum(1).view(-1, 2)
 
 
 @torch.no_grad()
-def reference_logps(model, name, pairs, args):
-    """pair_logps of all pairs as a tensor [pairs, 2]."""
+def all_logps(model, name, pairs, config):
+    """pair_logps of any number of pairs, [pairs, 2], under the adapter `name`; None: the base."""
     logps = torch.empty(len(pairs), 2, device=model.device)
-    for where, part in common.by_length(pairs, args.micro_batch_size):
-        logps[where] = torch.stack(pair_logps(model, name, part, args), 1)
+    # Pairs of about the same length go together, so that little of what is read is padding.
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i][2])))
+    size = config.micro_batch_size or config.batch_size
+    for start in range(0, len(order), size):
+        index = order[start : start + size]
+        some = [pairs[i] for i in index]
+        b = common.collate(some, model.device)  # a batch of its own
+        with lora.use_adapter(model, name):
+            logps[index] = pair_logps(model, b, config)  # (RL.1), [size, 2]
     return logps
 
 
-def measure(logps, refs, args):
+# ------------------------------------------------------------------------------ update
+
+
+def update(model, optimizer, batch, config, policy="policy"):
+    """One AdamW step on a batch with log pi_ref of both answers in "ref" [2 N]. Returns their
+    log pi before the step, [N, 2], and the norm of the gradient."""
+    N, parameters = len(batch["x"]), lora.adapter_parameters(model, policy)
+    logps = torch.zeros(N, 2, device=model.device)
+    # A pair is a group of two answers, which share one reading of their prompt.
+    size = config.micro_batch_size and 2 * config.micro_batch_size
+    for answers, b in common.micro_batches(batch, size):
+        with lora.use_adapter(model, policy):
+            logp = pair_logps(model, b, config)  # [n, 2]
+            ref = b["ref"].view(-1, 2)
+            loss = dpo_loss(
+                *logp.unbind(1), *ref.unbind(1), config.beta,
+                config.loss, config.label_smoothing)  # (DPO.1) to (DPO.3)
+            # A mean over pairs: weighted by their share, micro-batches add up to the batch.
+            (loss * len(logp) / N).backward()
+        logps[answers[::2] // 2] = logp.detach()  # the answers 2 i and 2 i + 1 are pair i
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return logps, norm
+
+
+def measure(logps, refs, config):
     """Loss, accuracy and margin (DPO.4), and both log-probabilities, of tensors [pairs, 2]."""
-    h = (logps - refs) @ logps.new_tensor([1.0, -1.0])
-    loss = dpo_loss(*logps.T, *refs.T, args.beta, args.loss, args.label_smoothing)
-    return {
-        "loss": loss.item(), "accuracy": (h > 0).float().mean().item(),
-        "margin": (args.beta * h).mean().item(),
-        "logp_chosen": logps[:, 0].mean().item(), "logp_rejected": logps[:, 1].mean().item(),
-    }
+    h = (logps - refs)[:, 0] - (logps - refs)[:, 1]  # (DPO.1)
+    loss = dpo_loss(*logps.T, *refs.T, config.beta, config.loss, config.label_smoothing)
+    return {"loss": loss.item(), "accuracy": (h > 0).float().mean().item(),
+            "margin": (config.beta * h).mean().item(),  # (DPO.4)
+            "logp_chosen": logps[:, 0].mean().item(), "logp_rejected": logps[:, 1].mean().item()}
+
+
+# ------------------------------------------------------------------------------ train
+
+
+def train(model, tokenizer, rows, config=Config(), log=None, state=None):
+    """DPO on the adapter "policy" of `model`. Returns a list of dictionaries, one per step.
+
+    rows: dictionaries with "prompt", a string or a list of messages, "chosen" and "rejected". Pairs
+    that do not fit, or whose answers are the same, are left out. log(row, samples, state) is called
+    once per step; `state` is all that going on needs beside the adapters, and train(state=...) goes
+    on from it."""
+    make_models(model, config)
+    # Prompts and answers as token ids, without the pairs that teach nothing.
+    pairs = encode_pairs(tokenizer, rows, config.max_length)
+    if not pairs:
+        raise ValueError(f"no pair of different answers fits into --max-length {config.max_length}")
+    optimizer = torch.optim.AdamW(lora.adapter_parameters(model, "policy"), weight_decay=0.0)
+    history, first = [], state["step"] if state else 0
+    # All else that a run needs to go on is in `state`; where it is in the data, the step says.
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+
+    # 1. log pi_ref of the pairs that will be drawn. It never changes: once is enough.
+    schedule = {step: common.batch_rows(step, len(pairs), config.batch_size, config.seed)
+                for step in range(first, config.steps)}
+    used = sorted({i for index in schedule.values() for i in index})
+    refs = all_logps(model, "reference", [pairs[i] for i in used], config)  # [used, 2]
+    refs = dict(zip(used, refs))
+
+    bar = tqdm(range(first, config.steps), desc="dpo", disable=None)
+    for step in bar:
+        clock = time.time()
+
+        # 2. A batch of pairs, and one step of gradient descent.
+        index = schedule[step]
+        batch = common.collate([pairs[i] for i in index], model.device)
+        ref = torch.stack([refs[i] for i in index])  # [N, 2]
+        batch["ref"] = ref.flatten()  # [2 N], like the answers
+        lr = common.learning_rate(step, config.steps, config.lr, config.warmup)
+        optimizer.param_groups[0]["lr"] = lr
+        logps, norm = update(model, optimizer, batch, config)
+
+        # 3. Measure (DPO.4), on the batch before the step.
+        row = {"step": step, "grad_norm": norm, "lr": lr}
+        row.update(measure(logps, ref, config))
+        row["seconds"] = time.time() - clock
+        history.append(row)
+        shown = ("loss", "accuracy", "margin", "logp_chosen")
+        bar.set_postfix({key: f"{row[key]:.2f}" for key in shown})
+        if log:
+            log(row, [], {"step": step + 1, "optimizer": optimizer.state_dict()})
+    return history
+
+
+# ------------------------------------------------------------------------------ command line
 
 
 @torch.no_grad()
-def sample(model, tokenizer, rows, reward, args):
-    """One answer of the policy to each row's prompt: (statistics, texts, scores or Nones)."""
-    stop, room = common.stop_ids(model, tokenizer), args.max_length - args.max_new_tokens
-    prompts = [common.encode_prompt(tokenizer, r["prompt"])[-room:] for r in rows]
-    generator = torch.Generator(model.device).manual_seed(args.seed)
+def evaluate(model, tokenizer, rows, reward, config):
+    """(statistics, samples): loss, accuracy and margin of held-out pairs, and a sampled answer to
+    each of their prompts with its KL to the reference and, where there is a reward, its score."""
+    pairs = encode_pairs(tokenizer, rows, config.max_length)
+    logps = all_logps(model, "policy", pairs, config)
+    refs = all_logps(model, "reference", pairs, config)
+    rows = [row for row, _, _ in pairs]
+    answers, samples = sample_answers(model, tokenizer, rows, reward, config)
+    return {**measure(logps, refs, config), **answers}, samples
+
+
+def sample_answers(model, tokenizer, rows, reward, config):
+    """(statistics, samples) of one answer of the policy to the prompt of each data row."""
+    room = config.max_length - config.max_new_tokens
+    prompts = [common.encode_prompt(tokenizer, row["prompt"])[-room:] for row in rows]
+    x, x_mask = common.pad(prompts, "left", model.device)  # [B, P]
+    # The same random numbers before and after training.
+    generator = torch.Generator().manual_seed(config.seed)
+    stop = common.stop_ids(model, tokenizer)
     with lora.use_adapter(model, "policy"):
-        ids, attention, mask = common.sample(
-            model, prompts, stop, args.max_new_tokens, args.temperature, generator)
-    batch, sums = dict(ids=ids, attention=attention, mask=mask), []
-    y, logps = ids[:, -mask.shape[1] :], partial(token_logps, temperature=args.temperature)
-    for name in ("policy", "reference" if args.adapter else None):
-        logp = torch.zeros_like(mask)
-        for part, b in common.micro_batches(batch, torch.arange(len(ids)), args.micro_batch_size):
-            R = b["mask"].shape[1]
-            logp[part, :R], _ = common.response_logps(model, name, b, logps)
-        sums.append((logp * mask).sum(1))
-    policy, reference = sums
-    responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
-    stats = {"kl": (policy - reference).mean().item(),
-             "eos_rate": ended.float().mean().item(), "length": mask.sum(1).mean().item()}
-    if reward is None:
-        return stats, responses, [None] * len(rows)
-    score = reward(ids, attention, [r["prompt"] for r in rows], responses, rows)
-    score = torch.where(ended, score, torch.full_like(score, args.missing_eos_score))
-    score_std = score.std(unbiased=False).item()
-    return {"score": score.mean().item(), "score_std": score_std} | stats, responses, score.tolist()
+        y, mask, logp, _ = common.sample(
+            model, x, x_mask, stop, config.max_new_tokens, config.temperature, generator)
 
+    # The KL to the reference, of answers y ~ pi: the mean of log pi - log pi_ref. The sampler has
+    # reported log pi; the reference reads the answers.
+    kl = logp.sum(1)  # [B]
+    batch = {"x": x, "x_mask": x_mask, "y": y, "mask": mask}
+    for index, b in common.micro_batches(batch, config.micro_batch_size):
+        y_part, real = b["y"], b["mask"]  # [b, R]
+        with lora.use_adapter(model, "reference"):
+            logits = common.read(model, b["x"], b["x_mask"], y_part, real)
+        # Position t-1 predicts token t: the last logits are dropped.
+        ref = token_logps(logits[:, :-1], y_part, config.temperature)  # (RL.1)
+        kl[index] -= (ref * real).sum(1)
 
-# ------------------------------------------------------------------------------ flags
-
-
-def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=16, lr=(1.5e-3, 3e-5))
-    add, amount = p.add_argument, common.amount
-    common.sampling_flags(p)  # of answers to look at; but the loss has the temperature too
-    add("--beta", type=amount, default=0.4, help="KL weight, units of reward per nat (0.4)")
-    add("--loss", default="sigmoid", choices=["sigmoid", "ipo"], help="(sigmoid)")
-    add("--label-smoothing", type=amount, default=0.0, help="share of flipped labels (0)")
-    add("--warmup", type=common.share, default=0.05, help="share of the steps (0.05)")
-    args = p.parse_args(argv)
-    common.defaults(args, adapter="sft", data="preferences.jsonl")
-    if args.beta == 0:
-        common.fail("--beta must be above 0: it divides the reward")
-    if args.label_smoothing >= 0.5 or (args.label_smoothing and args.loss == "ipo"):
-        common.fail("--label-smoothing must be below 0.5, and goes with --loss sigmoid only")
-    return args
-
-
-# ------------------------------------------------------------------------------ main loop
+    # Texts, and scores where there is something that scores.
+    ended = common.ended(y, mask, stop)
+    texts, score = common.decode(tokenizer, y, mask), None
+    stats = {}
+    if reward is not None:
+        score, _ = common.score(model, tokenizer, rows, x, x_mask, y, mask, reward)
+        if config.missing_eos_score is not None:
+            score = score.masked_fill(~ended, config.missing_eos_score)
+        stats["score"] = score.mean().item()
+        stats["score_std"] = score.std(unbiased=False).item()
+    stats["kl"] = kl.mean().item()  # nats per answer
+    stats["eos_rate"] = ended.float().mean().item()
+    stats["length"] = mask.sum(1).mean().item()
+    samples = [{"prompt": row["prompt"], "response": text, "score": None}
+               for row, text in zip(rows, texts)]
+    for i in range(len(rows) if score is not None else 0):
+        samples[i]["score"] = score[i].item()
+    return stats, samples
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    out = common.free_folder(args, "dpo")
-    common.seed_everything(args.seed)
-    train, test = common.load_data(args.data, ["prompt", "chosen", "rejected"])
-    model, tokenizer = common.load_model(args)
-    common.start_adapter(model, "policy", args)
-    if args.adapter:
-        lora.copy_adapter(model, "policy", "reference")
-    reward = common.load_reward(args.reward, model, tokenizer, args) if args.reward else None
-    test, room = common.take(test, args.eval_size), args.max_length
-    pairs = common.encode_preferences(tokenizer, train, room)
-    test_pairs = common.encode_preferences(tokenizer, test, room, "held-out")
-    if not pairs or not test_pairs:
-        common.fail(f"no pair of different answers fits into --max-length {args.max_length}")
-    test = [row for row, _, _, _ in test_pairs]
-    common.check_prompts(tokenizer, test, room - args.max_new_tokens)
-    order = common.batches(len(pairs), args.batch_size, args.seed)
-    schedule = [next(order) for _ in range(args.steps)]
-    used = sorted({i for batch in schedule for i in batch})
-    refs = dict(zip(used, reference_logps(model, "policy", [pairs[i] for i in used], args)))
-    test_refs = reference_logps(model, "policy", test_pairs, args)
-    samples, texts_before, scores = sample(model, tokenizer, test, reward, args)
-    before = measure(test_refs, test_refs, args) | samples
-    out = common.start_run(out, args)
+    """Reads the flags, loads, trains, prints. Only this needs `cli`: a copied file needs it not."""
+    from cli import data, flags, models, rewards, runs
 
-    common.save_samples(out, 0, test, texts_before, scores)
-    parameters = lora.adapter_parameters(model, "policy")
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)
-    bar = tqdm(range(args.steps), desc="dpo")
-    for step in bar:
-        clock = time.time()
-        # 1. a batch of pairs, and what the reference makes of them
-        batch = [pairs[i] for i in schedule[step]]
-        ref = torch.stack([refs[i] for i in schedule[step]])
-        # 2. the gradient of (DPO.2) or (DPO.3), micro-batch by micro-batch
-        logps = torch.empty_like(ref)
-        for where, part in common.by_length(batch, args.micro_batch_size):
-            logp = pair_logps(model, "policy", part, args)
-            loss = dpo_loss(*logp, *ref[where].T, args.beta, args.loss, args.label_smoothing)
-            (loss * len(part) / len(batch)).backward()
-            logps[where] = torch.stack(logp, 1).detach()
-        # 3. one AdamW step
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        lr = common.learning_rate(step, args.steps, args.lr, args.warmup)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        # 4. measure (DPO.4), on the batch before the step
-        row = {"step": step, "seconds": time.time() - clock, "grad_norm": norm, "lr": lr}
-        row |= measure(logps, ref, args)
-        common.append(out / "metrics.jsonl", row)
-        if step == 0:
-            tqdm.write(f"step 0, before any update: loss {row['loss']:.4f} "
-                       f"(sigmoid: ln 2 = {math.log(2):.4f})")
-        bar.set_postfix({k: f"{row[k]:.2f}" for k in ("loss", "accuracy", "margin", "logp_chosen")})
-        if args.save_every and (step + 1) % args.save_every == 0:
-            lora.save_adapter(model, "policy", out / f"step-{step + 1}")
-
-    lora.save_adapter(model, "policy", out)
-    samples, texts_after, scores = sample(model, tokenizer, test, reward, args)
-    common.save_samples(out, args.steps, test, texts_after, scores)
-    after = measure(reference_logps(model, "policy", test_pairs, args), test_refs, args) | samples
-    common.print_samples(test, texts_before, texts_after)
-    common.print_table(f"{len(test)} held-out pairs", before, after)
-    common.print_ceiling(test, after["accuracy"])
-    common.finish(out, args)
+    with flags.errors():
+        args, config = flags.read("dpo", __doc__, Config, TINY, argv, reward="optional")
+        rows, test = data.load(args, ["prompt", "chosen", "rejected"])
+        model, tokenizer, config = models.load(args, config, "policy", test)
+        rows, test = (data.that_fit(part, tokenizer, ["chosen", "rejected"], config)
+                      for part in (rows, test))
+        reward = rewards.load(args, model, config.max_length) if args.reward else None
+        make_models(model, config)
+        before = evaluate(model, tokenizer, test, reward, config)
+        log = runs.start(args, config, model, "policy", before)
+        train(model, tokenizer, rows, config, log)
+        after = evaluate(model, tokenizer, test, reward, config)
+        runs.finish(args, config, model, "policy", before, after)
+        runs.print_ceiling(test, after[0]["accuracy"])
 
 
 if __name__ == "__main__":

@@ -3,20 +3,28 @@ critic (Shao et al. 2024, arXiv:2402.03300), and its one-line relatives.
 
 For G answers y_1 .. y_G to a prompt, with scores r_1 .. r_G:
 
-    (GRPO.1)  A_i = (r_i - mean r) / (std r + 1e-4)         "std"; "none": r_i - mean r;
+    (RL.1)   log pi(y_t) = log softmax(logits / temperature)[y_t]   of a sampled token
+    (GRPO.1) A_i = (r_i - mean r) / (std r + 1e-4)          "std"; "none": r_i - mean r;
                                                             "loo": r_i - mean of the others
-    (GRPO.2)  rho_t = pi(y_t) / pi_old(y_t)                 "gspo": their geometric mean over y
-    (GRPO.3)  l_t = max(-A rho, -A clip(rho, 1-eps_low, 1+eps_high)) + beta K_t
-    (GRPO.4)  K_t = exp(d_t) - 1 - d_t,  d_t = (log pi_ref - log pi)_t                    k3
-    (GRPO.5)  L = 1/B sum_i 1/|y_i| sum_t l_t               "grpo", "gspo"
-    (GRPO.6)  L = sum l_t / sum |y_i|                       "dapo"
-    (GRPO.7)  L = sum l_t / (B max_tokens)                  "dr_grpo", which goes with "none"
-    (GRPO.8)  r_i <- r_i - beta sum_t (log pi_old - log pi_ref)_t     with --kl-in reward, K = 0
+    (GRPO.2) rho_t = pi(y_t) / pi_old(y_t)                  "gspo": their geometric mean over y
+    (GRPO.3) l_t = max(-A rho, -A clip(rho, 1-eps_low, 1+eps_high)) + beta K_t
+    (GRPO.4) K_t = exp(d_t) - 1 - d_t,  d_t = (log pi_ref - log pi)_t                   k3
+    (GRPO.5) L = 1/B sum_i 1/|y_i| sum_t l_t                "grpo", "gspo"
+    (GRPO.6) L = sum l_t / sum |y_i|                        "dapo"
+    (GRPO.7) L = sum l_t / (B max_tokens)                   "dr_grpo", which goes with "none"
+    (GRPO.8) r_i <- r_i - beta sum_t (log pi_old - log pi_ref)_t    with --kl-in reward, K = 0
+
+The algorithm, for each step:
+    1. sample G answers y ~ pi_old to each prompt of a batch, and score them
+    2. from the scores of a group to one advantage per answer: (GRPO.1)
+    3. a pass of gradient descent on (GRPO.3), averaged as (GRPO.5), (GRPO.6) or (GRPO.7)
+    4. measure how far the policy moved
 
 Where the KL stands decides what is learnt. In the reward (GRPO.8) its gradient is that of
-KL(pi || pi_ref) over whole answers. In the loss, as in the paper, K_t has the gradient of the
-forward KL(pi_ref || pi) at that token; "k3-corrected" multiplies it by the token's ratio and "k2"
-is d^2/2, both with the gradient of KL(pi || pi_ref) at that token. None of the three sees how a
+KL(pi || pi_ref) over whole answers. In the loss, as in the paper, and on policy, K_t has the
+gradient of the forward KL(pi_ref || pi) at that token; "k3-corrected" multiplies it by the token's
+ratio and "k2" is d^2/2, both with the gradient of KL(pi || pi_ref) at that token. After a first
+update has moved the policy, only "k3-corrected" keeps its gradient. None of the three sees how a
 token changes the KL of the tokens after it. benchmarks/closed_form.py shows where each ends.
 
 Dividing by the spread changes what is maximised: prompts with little spread weigh more (for scores
@@ -31,8 +39,8 @@ Left out on purpose: resampling of groups without spread (they are counted), an 
 """
 
 import time
-from collections import Counter
-from functools import partial
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -40,15 +48,57 @@ from tqdm import tqdm
 import common
 import lora
 
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 200  # batches to learn from
+    batch_size: int = 8  # answers per step
+    group_size: int = 4  # G, answers per prompt
+    micro_batch_size: int | None = None  # answers per forward pass, to save memory; none: all
+    lr: float = 3e-5  # peak learning rate (AdamW)
+    warmup: float = 0.1  # share of the steps in which the learning rate rises
+    seed: int = 0  # of everything random
+    lora_rank: int = 16  # r of a new adapter
+    lora_alpha: float = 32.0  # alpha of a new adapter
+    lora_targets: str = "auto"  # its layers, comma-separated; all-linear; auto: query, value
+    max_length: int = 1024  # tokens of prompt and answer; a longer prompt loses its beginning
+    max_new_tokens: int = 96  # tokens of an answer
+    temperature: float = 0.7  # of sampling, and so of all log-probabilities
+    missing_eos_score: float | None = -3.0  # of an answer that was cut off; none: the reward's
+    adv: Literal["std", "none", "loo"] = "std"  # advantages
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo"] = "grpo"  # how tokens are averaged
+    clip_low: float = 0.2  # eps_low of the ratio (gspo: try 3e-4)
+    clip_high: float = 0.2  # eps_high of the ratio (dapo: 0.28, gspo: 4e-4)
+    beta: float = 0.04  # KL weight: in the loss per nat, in the reward units of score per nat
+    kl_in: Literal["loss", "reward"] = "loss"  # where the KL stands
+    kl: Literal["k3", "k3-corrected", "k2"] = "k3"  # its form in the loss
+    ppo_epochs: int = 1  # passes over a batch
+    minibatches: int = 1  # updates per pass
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ValueError("--temperature must be above 0: at 0 all answers to a prompt are one")
+        if self.max_new_tokens >= self.max_length:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt "
+                             f"in --max-length {self.max_length}")
+        if self.group_size < 2:
+            raise ValueError("--group-size must be at least 2: one answer alone is its own mean")
+        if self.batch_size % (self.group_size * self.minibatches):
+            raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --group-size "
+                             f"{self.group_size} times --minibatches {self.minibatches}")
+
+
+TINY = {"lr": 1e-3, "micro_batch_size": 4, "temperature": 0.5, "missing_eos_score": -10.0}
+
 # ------------------------------------------------------------------------------ the mathematics
 
 
 def token_logps(logits, ids, temperature=1.0):
-    """log pi(y_t) of each sampled token under softmax(logits / temperature), in fp32.
+    """log pi(y_t) of each token under softmax(logits / temperature), in fp32. (RL.1)
 
-    logits [B, R, V] that predict ids [B, R]. Returns [B, R], nats; enters (GRPO.2) and (GRPO.4)."""
+    logits [B, R, V] that predict ids [B, R]. Returns [B, R], nats."""
     logits = logits.float() / temperature
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)  # (RL.1)
 
 
 def masked_mean(x, mask):
@@ -128,188 +178,270 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, eps_low=0.2, eps_high=0.2, be
     raise ValueError(f"loss must be grpo, dapo, gspo or (with max_tokens) dr_grpo, got {loss!r}")
 
 
-def token_entropy(logits, temperature=1.0):
-    """Entropy [B, R] of softmax(logits / temperature), logits [B, R, V], nats."""
-    logp = (logits.float() / temperature).log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
+def rollout_stats(batch):
+    """What is logged of a rollout, from its score, ended [B] and logp_old, logp_ref, entropy, mask
+    [B, R]. kl is in nats per answer (k1), entropy and surprise -log pi_old in nats per token.
+
+    A token drawn from the full distribution has the entropy as its mean surprise. surprise_z counts
+    the standard errors between the two: a sampler that truncates (top-p, top-k) is far below 0."""
+    logp, mask = batch["logp_old"], batch["mask"]
+    excess = (-logp - batch["entropy"]) * mask  # mean 0 for every token, whatever came before
+    stats = {
+        "score": batch["score"].mean(),
+        "score_std": batch["score"].std(unbiased=False),
+        "kl": ((logp - batch["logp_ref"]) * mask).sum(1).mean(),
+        "entropy": masked_mean(batch["entropy"], mask),
+        "surprise": masked_mean(-logp, mask),
+        "surprise_z": excess.sum() / excess.square().sum().sqrt().clamp(min=1e-8),
+        "eos_rate": batch["ended"].float().mean(),
+        "length": mask.sum(1).mean(),
+    }
+    return {key: value.item() for key, value in stats.items()}
+
+
+# ------------------------------------------------------------------------------ the two models
+
+
+def make_models(model, reward, config):
+    """Hangs GRPO's models on the frozen base as adapters: makes what is missing, keeps the rest.
+
+    policy      trained; if you loaded none, a new adapter, which changes nothing yet
+    reference   a frozen copy of the policy as it was at the start
+    reward      frozen; only if `reward` names an adapter with a head, else it is a function"""
+    # A new adapter is drawn at random, without touching the random numbers of the caller.
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if "policy" not in lora.names(model):
+            lora.add_adapter(model, "policy", config.lora_rank, config.lora_alpha,
+                             targets=config.lora_targets)
+        # With the policy new, this copy is the bare base.
+        if "reference" not in lora.names(model):
+            lora.copy_adapter(model, "policy", "reference")
+
+
+@torch.no_grad()
+def batch_logps(model, name, batch, config):
+    """log pi(y_t) [B, R] of all answers of a batch, under the adapter `name`; None: the bare base.
+
+    `common.read` gives the logits after the prompt and after each token of the answer. The logits
+    at a position predict the token that comes next: position t-1 predicts token t. So the first of
+    these R + 1 predicts y_1, and the last predicts nothing that we have, and is dropped."""
+    logps = torch.zeros_like(batch["mask"])
+    for rows, b in common.micro_batches(batch, config.micro_batch_size):
+        y, mask = b["y"], b["mask"]  # [b, R]
+        with lora.use_adapter(model, name):
+            logits = common.read(model, b["x"], b["x_mask"], y, mask)
+        logp = token_logps(logits[:, :-1], y, config.temperature)  # (RL.1)
+        # A micro-batch is as wide as its own longest answer; after it the zeros stay.
+        logps[rows, : y.shape[1]] = logp * mask
+    return logps
 
 
 # ------------------------------------------------------------------------------ rollout
 
 
 @torch.no_grad()
-def rollout(model, tokenizer, rows, G, reward, generator, args):
-    """G responses to each row's prompt, with all that does not change during the update.
+def rollout(model, tokenizer, rows, reward, config, generator, G=1,
+            policy="policy", reference="reference"):
+    """G answers to the prompt of each data row, and all about them that the update holds fixed.
 
-    Sampling and log-probabilities use the same temperature. A response that did not stop by itself
-    scores --missing-eos-score, whatever the reward makes of its torso."""
-    stop, room = common.stop_ids(model, tokenizer), args.max_length - args.max_new_tokens
-    prompts = [common.encode_prompt(tokenizer, r["prompt"])[-room:] for r in rows]
-    with lora.use_adapter(model, "policy"):
-        ids, attention, mask = common.sample(
-            model, prompts, stop, args.max_new_tokens, args.temperature, generator, each=G)
+    N prompts of P tokens, padded on the left; B = N G answers of R tokens, padded on the right, the
+    answers to one prompt next to each other. Returns the batch, a dictionary of tensors: x, x_mask
+    [N, P]; y, mask, logp_old, logp_ref, entropy [B, R]; score, ended [B]; and the texts."""
+    # A prompt that is too long loses its beginning.
+    room = config.max_length - config.max_new_tokens
+    prompts = [common.encode_prompt(tokenizer, row["prompt"])[-room:] for row in rows]
+    x, x_mask = common.pad(prompts, "left", model.device)  # [N, P]
+
+    # Sample y ~ pi_old, that is from softmax(logits / temperature) and nothing else. The sampler
+    # reports log pi_old of each token it drew, so no second pass is needed for it.
+    stop = common.stop_ids(model, tokenizer)
+    with lora.use_adapter(model, policy):
+        y, mask, logp_old, entropy = common.sample(
+            model, x, x_mask, stop, config.max_new_tokens, config.temperature, generator, G)
+    batch = {"x": x, "x_mask": x_mask, "y": y, "mask": mask,
+             "logp_old": logp_old, "entropy": entropy}
+
+    # log pi_ref of every sampled token. There is no gradient here: micro-batches only save memory.
+    batch["logp_ref"] = batch_logps(model, reference, batch, config)
+
+    # One score per answer. An answer that was cut off before its EOS gets a fixed low score,
+    # whatever the reward makes of the fragment: stopping has to be worth learning.
     rows = [row for row in rows for _ in range(G)]
-    batch = dict(ids=ids, attention=attention, mask=mask)
-    batch |= {key: torch.zeros_like(mask) for key in ("logp", "logp_ref", "entropy")}
-    logps = partial(token_logps, temperature=args.temperature)
+    score, responses = common.score(model, tokenizer, rows, x, x_mask, y, mask, reward)
+    batch["ended"] = common.ended(y, mask, stop)
+    if config.missing_eos_score is not None:
+        score = score.masked_fill(~batch["ended"], config.missing_eos_score)
+    batch["score"] = score
+    return batch, responses
 
-    def logps_and_entropy(logits, ids):  # [1, n, 2]: both from the same logits
-        return torch.stack([logps(logits, ids), token_entropy(logits, args.temperature)], -1)
 
-    reference = "reference" if args.adapter else None
-    for part, b in common.micro_batches(batch, torch.arange(len(ids)), args.micro_batch_size):
-        R = b["mask"].shape[1]
-        both, _ = common.response_logps(model, "policy", b, logps_and_entropy)
-        batch["logp"][part, :R], batch["entropy"][part, :R] = both.unbind(-1)
-        batch["logp_ref"][part, :R], _ = common.response_logps(model, reference, b, logps)
-    y = ids[:, -mask.shape[1] :]
-    responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
-    score = reward(ids, attention, [r["prompt"] for r in rows], responses, rows)
-    score = torch.where(ended, score, torch.full_like(score, args.missing_eos_score))
-    stats = {
-        "score": score.mean().item(), "score_std": score.std(unbiased=False).item(),
-        "kl": ((batch["logp"] - batch["logp_ref"]) * mask).sum(1).mean().item(),
-        "entropy": masked_mean(batch["entropy"], mask).item(),
-        "eos_rate": ended.float().mean().item(), "length": mask.sum(1).mean().item(),
+# ------------------------------------------------------------------------------ update
+
+
+def gradient(model, b, weight, config, policy):
+    """Adds weight times the gradient of the loss on a micro-batch b to the policy's parameters.
+
+    Returns the loss, and the largest |log pi - log pi_old|."""
+    y, mask = b["y"], b["mask"]  # [b, R]
+    logp_old = b["logp_old"]  # [b, R]
+    beta = config.beta if config.kl_in == "loss" else 0.0
+    with lora.use_adapter(model, policy):
+        # Position t-1 predicts token t: the last logits, after the whole answer, are dropped.
+        logits = common.read(model, b["x"], b["x_mask"], y, mask)
+        logp = token_logps(logits[:, :-1], y, config.temperature)  # (RL.1)
+        loss = grpo_loss(
+            logp, logp_old, b["logp_ref"], b["adv"], mask,
+            config.clip_low, config.clip_high, beta,
+            config.loss, config.max_new_tokens, config.kl)  # (GRPO.2) to (GRPO.7)
+        (weight * loss).backward()
+    moved = (logp.detach() - logp_old) * mask
+    return loss.item(), moved.abs().max().item()
+
+
+def update(model, optimizer, batch, config, generator, policy="policy"):
+    """--ppo-epochs passes over the batch in --minibatches parts, one AdamW step after each part.
+
+    Returns the mean loss and gradient norm, and log_ratio_max: the largest |log pi - log pi_old| of
+    the first part. It is taken before any step, where sampler and scorer must agree, so anything
+    but rounding is a fault."""
+    stats = {"loss": 0.0, "grad_norm": 0.0, "log_ratio_max": 0.0}
+    of_policy = lora.adapter_parameters(model, policy)
+    parts = config.ppo_epochs * config.minibatches
+    # What a loss is a mean over decides how much a micro-batch weighs: its tokens in (GRPO.6), its
+    # answers in the others; relative to the average minibatch.
+    tokens = batch["mask"].sum() / config.minibatches
+    answers = len(batch["y"]) / config.minibatches
+    for part in range(parts):
+        # Each pass shuffles the groups anew and deals them out to its minibatches.
+        if part % config.minibatches == 0:
+            order = torch.randperm(len(batch["x"]), generator=generator)
+            minibatches = order.chunk(config.minibatches)
+        groups = minibatches[part % config.minibatches]
+        for _, b in common.micro_batches(batch, config.micro_batch_size, groups):
+            weight = len(b["y"]) / answers
+            if config.loss == "dapo":
+                weight = (b["mask"].sum() / tokens).item()
+            loss, moved = gradient(model, b, weight, config, policy)  # (GRPO.2) to (GRPO.7)
+            stats["loss"] += weight * loss / parts
+            if part == 0:  # pi still is pi_old
+                stats["log_ratio_max"] = max(stats["log_ratio_max"], moved)
+        # One step on the policy, with a gradient of norm 1 at most.
+        norm = torch.nn.utils.clip_grad_norm_(of_policy, 1.0)
+        stats["grad_norm"] += norm.item() / parts
+        optimizer.step()
+        optimizer.zero_grad()
+    return stats
+
+
+def drift(model, batch, config, policy="policy"):
+    """How far the update moved the policy, on the batch's own tokens, after its last step.
+
+    approx_kl: KL(old || new), nats per token, by k3: for tokens drawn from old it is unbiased, and
+    0 only where every ratio is 1. clip_fraction: share of tokens outside the clip range."""
+    mask = batch["mask"]
+    logp = batch_logps(model, policy, batch, config)  # [B, R], one more forward pass
+    log_ratio = (logp - batch["logp_old"]) * mask
+    ratio = importance_ratio(logp, batch["logp_old"], mask, config.loss)  # (GRPO.2)
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    outside = ((ratio < low) | (ratio > high)).float()  # whatever the sign of the advantage
+    return {
+        "approx_kl": masked_mean(log_ratio.expm1() - log_ratio, mask).item(),  # k3
+        "clip_fraction": masked_mean(outside, mask).item(),
+        "ratio_max": ratio.max().item(),
     }
-    return batch | dict(score=score, responses=responses, stats=stats)
 
 
-def update(model, parameters, optimizer, batch, args):
-    """--ppo-epochs passes over the batch; returns statistics averaged over all minibatches, the
-    largest ratio, and those of the first minibatch."""
-    mask, seen, beta = batch["mask"], [], args.beta if args.kl_in == "loss" else 0.0
-    logps = partial(token_logps, temperature=args.temperature)
-    for _ in range(args.ppo_epochs):
-        for rows in torch.randperm(len(mask)).chunk(args.minibatches):
-            stats = Counter(ratio_max=0.0, ratio_error=0.0)
-            for part, b in common.micro_batches(batch, rows, args.micro_batch_size):
-                logp, _ = common.response_logps(model, "policy", b, logps)
-                m, old = b["mask"], b["logp"]
-                loss = grpo_loss(logp, old, b["logp_ref"], b["adv"], m, args.clip_low,
-                                 args.clip_high, beta, args.loss, args.max_new_tokens, args.kl)
-                # what a micro-batch is a mean over: tokens in (GRPO.6), answers in the others
-                tokens = m.sum() / mask[rows].sum()
-                share = tokens if args.loss == "dapo" else len(part) / len(rows)
-                (loss * share).backward()
-                with torch.no_grad():
-                    log_ratio = (logp - old) * m
-                    ratio = importance_ratio(logp, old, m, args.loss)
-                    outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
-                    kl = masked_mean(log_ratio.expm1() - log_ratio, m)  # k3 of KL(old, new)
-                    stats.update(loss=(loss * share).item(), approx_kl=(kl * tokens).item(),
-                                 clip_fraction=(masked_mean(outside.float(), m) * tokens).item())
-                    stats["ratio_max"] = max(stats["ratio_max"], ratio.max().item())
-                    stats["ratio_error"] = max(stats["ratio_error"], (ratio - 1).abs().max().item())
-            stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-            optimizer.step()
-            optimizer.zero_grad()
-            seen.append(stats)
-    mean = {key: sum(s[key] for s in seen) / len(seen) for key in seen[0] if key != "ratio_error"}
-    return mean | {"ratio_max": max(s["ratio_max"] for s in seen), "first": seen[0]}
+# ------------------------------------------------------------------------------ train
 
 
-# ------------------------------------------------------------------------------ flags
+def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None):
+    """GRPO on the adapter "policy" of `model`. Returns a list of dictionaries, one per step.
+
+    rows: dictionaries with "prompt", a string or a list of messages, and whatever else the reward
+    wants. reward: a function (prompts, responses, rows) -> one float per answer, or the name of an
+    adapter with a head on `model`. log(row, samples, state) is called once per step; `state` is all
+    that going on needs beside the adapters, and train(state=...) goes on from it."""
+    make_models(model, reward, config)
+    policy, G = lora.adapter_parameters(model, "policy"), config.group_size
+    optimizer = torch.optim.AdamW(policy, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(config.seed)  # of sampling and shuffling
+    history, first = [], state["step"] if state else 0
+    # All else that a run needs to go on is in `state`; where it is in the data, the step says.
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+
+    bar = tqdm(range(first, config.steps), desc="grpo", disable=None)
+    for step in bar:
+        clock = time.time()
+
+        # 1. Act: answer each prompt of a batch G times, and score the answers.
+        index = common.batch_rows(step, len(rows), config.batch_size // G, config.seed)
+        drawn = [rows[i] for i in index]
+        batch, responses = rollout(model, tokenizer, drawn, reward, config, generator, G)
+
+        # 2. Credit: each answer against its group.
+        rewards = batch["score"]
+        if config.kl_in == "reward":
+            kl = ((batch["logp_old"] - batch["logp_ref"]) * batch["mask"]).sum(1)
+            rewards = rewards - config.beta * kl  # (GRPO.8)
+        adv = group_advantages(rewards.view(-1, G), config.adv)  # (GRPO.1), [N, G]
+        batch["adv"] = adv.flatten()  # [B]: every token of an answer has the same
+
+        # 3. Learn.
+        lr = common.learning_rate(step, config.steps, config.lr, config.warmup)
+        optimizer.param_groups[0]["lr"] = lr
+        stats = update(model, optimizer, batch, config, generator)
+
+        # 4. Measure.
+        row = {"step": step, "lr": lr, **rollout_stats(batch), **stats}
+        row.update(drift(model, batch, config))
+        spread = batch["score"].view(-1, G).std(1)  # a group without it teaches nothing
+        row["zero_std_groups"] = int((spread == 0).sum())
+        row["seconds"] = time.time() - clock
+        history.append(row)
+        bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})
+        if log:
+            state = {"step": step + 1, "optimizer": optimizer.state_dict(),
+                     "generator": generator.get_state()}
+            repeated = [drawn[i // G] for i in range(len(responses))]
+            log(row, samples(repeated, responses, batch["score"]), state)
+    return history
 
 
-def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=8, lr=(1e-3, 3e-5))
-    add, whole, amount = p.add_argument, common.whole, common.amount
-    common.sampling_flags(p)
-    add("--group-size", type=whole, default=4, help="G, answers a prompt; divides the batch (4)")
-    add("--adv", default="std", choices=["std", "none", "loo"], help="advantages (std)")
-    add("--loss", default="grpo", choices=["grpo", "dapo", "dr_grpo", "gspo"], help="(grpo)")
-    add("--clip-low", type=amount, default=0.2, help="eps_low of the ratio (0.2; gspo: try 3e-4)")
-    add("--clip-high", type=amount, default=0.2, help="eps_high (0.2; dapo: 0.28, gspo: 4e-4)")
-    add("--beta", type=amount, default=0.04, help="KL weight, per nat (0.04)")
-    add("--kl-in", default="loss", choices=["loss", "reward"], help="see above (loss)")
-    add("--kl", default="k3", choices=["k3", "k3-corrected", "k2"], help="in the loss (k3)")
-    add("--ppo-epochs", type=whole, default=1, help="passes over a rollout batch (1)")
-    add("--minibatches", type=whole, default=1, help="updates a pass (1)")
-    add("--warmup", type=common.share, default=0.1, help="share of the steps (0.1)")
-    args = p.parse_args(argv)
-    common.defaults(args, adapter="sft", data="prompts.jsonl")
-    if not args.reward:
-        common.fail("--reward is needed: a folder, a hub id, or file.py:function")
-    if args.group_size < 2:
-        common.fail("--group-size must be at least 2: one answer alone is its own mean")
-    for flag in ("group_size", "minibatches"):
-        if args.batch_size % getattr(args, flag):
-            common.fail(f"--batch-size {args.batch_size} is not a multiple of "
-                        f"--{flag.replace('_', '-')} {getattr(args, flag)}")
-    return args
+def samples(rows, responses, score):
+    """[{prompt, response, score}] of B answers."""
+    return [{"prompt": row["prompt"], "response": response, "score": number}
+            for row, response, number in zip(rows, responses, score.tolist())]
 
 
-# ------------------------------------------------------------------------------ main loop
+# ------------------------------------------------------------------------------ command line
+
+
+def evaluate(model, tokenizer, rows, reward, config):
+    """(statistics, samples) of one answer to each held-out prompt, with the same random numbers
+    before and after training."""
+    generator = torch.Generator().manual_seed(config.seed)
+    batch, responses = rollout(model, tokenizer, rows, reward, config, generator)
+    return rollout_stats(batch), samples(rows, responses, batch["score"])
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    out = common.free_folder(args, "grpo")
-    common.seed_everything(args.seed)
-    train, test = common.load_data(args.data, ["prompt"])
-    test = common.take(test, args.eval_size)
-    model, tokenizer = common.load_model(args)
-    common.check_prompts(tokenizer, [*train, *test], args.max_length - args.max_new_tokens)
-    common.start_adapter(model, "policy", args)
-    if args.adapter:
-        lora.copy_adapter(model, "policy", "reference")
-    reward = common.load_reward(args.reward, model, tokenizer, args)
+    """Reads the flags, loads, trains, prints. Only this needs `cli`: a copied file needs it not."""
+    from cli import data, flags, models, rewards, runs
 
-    def evaluate():
-        generator = torch.Generator(model.device).manual_seed(args.seed)
-        return rollout(model, tokenizer, test, 1, reward, generator, args)
-
-    before = evaluate()
-    out = common.start_run(out, args)
-    common.save_samples(out, 0, test, before["responses"], before["score"].tolist())
-    parameters = lora.adapter_parameters(model, "policy")
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    G = args.group_size
-    order = common.batches(len(train), args.batch_size // G, args.seed)
-    bar = tqdm(range(args.steps), desc="grpo")
-    for step in bar:
-        clock = time.time()
-        # 1. y_1 .. y_G ~ pi_old for each prompt, their scores, the log-probabilities of both models
-        rows = [train[i] for i in next(order)]
-        batch = rollout(model, tokenizer, rows, G, reward, generator, args)
-        # 2. advantages within each group
-        rewards = batch["score"]
-        if args.kl_in == "reward":
-            kl = ((batch["logp"] - batch["logp_ref"]) * batch["mask"]).sum(1)
-            rewards = rewards - args.beta * kl  # (GRPO.8)
-        groups = rewards.view(-1, G)
-        batch["adv"] = group_advantages(groups, args.adv).flatten()
-        # 3. K epochs on the policy
-        lr = common.learning_rate(step, args.steps, args.lr, args.warmup)
-        optimizer.param_groups[0]["lr"] = lr
-        stats = update(model, parameters, optimizer, batch, args)
-        # 4. measure
-        first = stats.pop("first")
-        if step == 0:
-            why = ""
-            if args.loss in ("grpo", "gspo") and args.minibatches == 1:  # (GRPO.5), whole groups
-                why = "advantages sum to 0 in a group, their gradients do not; "
-            tqdm.write(f"step 0, before any update: |ratio - 1| {first['ratio_error']:.1e}, clip "
-                       f"fraction {first['clip_fraction']:g}, approx KL {first['approx_kl']:.1e}\n"
-                       f"loss {first['loss']:.1e}, grad norm {first['grad_norm']:.2f}: {why}"
-                       "watch score, not loss")
-        row = {"step": step, "seconds": time.time() - clock, "lr": lr}
-        row |= batch["stats"] | stats
-        row["zero_std_groups"] = int((batch["score"].view(-1, G).std(1) == 0).sum())
-        common.append(out / "metrics.jsonl", row)
-        common.save_samples(out, step, rows[:1], batch["responses"], batch["score"].tolist())
-        bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})
-        if args.save_every and (step + 1) % args.save_every == 0:
-            lora.save_adapter(model, "policy", out / f"step-{step + 1}")
-
-    lora.save_adapter(model, "policy", out)
-    after = evaluate()
-    common.save_samples(out, args.steps, test, after["responses"], after["score"].tolist())
-    common.print_samples(test, before["responses"], after["responses"])
-    common.print_table(f"{len(test)} held-out prompts", before["stats"], after["stats"])
-    common.finish(out, args)
+    with flags.errors():
+        args, config = flags.read("grpo", __doc__, Config, TINY, argv, reward="needed")
+        rows, test = data.load(args, ["prompt"])
+        model, tokenizer, config = models.load(args, config, "policy", [*rows, *test])
+        reward = rewards.load(args, model, config.max_length)
+        make_models(model, reward, config)
+        before = evaluate(model, tokenizer, test, reward, config)
+        log = runs.start(args, config, model, "policy", before)
+        train(model, tokenizer, rows, reward, config, log)
+        after = evaluate(model, tokenizer, test, reward, config)
+        runs.finish(args, config, model, "policy", before, after)
 
 
 if __name__ == "__main__":

@@ -5,24 +5,30 @@
     (RM.2)  L = -E[ log sigmoid(r_w - r_l - m) ] + c E[ (r_w + r_l)^2 ]
     (RM.3)  accuracy = P(r_w > r_l),  margin = E[r_w - r_l]       on held-out pairs
 
+The algorithm, for each step:
+    1. take a batch of pairs: two answers to the same prompt, one preferred
+    2. score both answers, and take one step of gradient descent on (RM.2)
+
 (RM.1) leaves a function of x in r free; the centring term c of (RM.2) holds it near 0 (Eisenstein
 et al. 2023, arXiv:2312.09244, Eq. 2). The model is the SFT model with a scalar head N(0, 1/(d+1))
-that reads the last real token, the EOS. It starts at random, with L around ln 2.
+that reads the state after the answer's last token, its EOS. It starts at random: its first loss is
+ln 2 plus about an eighth of the variance that the head gives r_w - r_l, so often well above ln 2.
 
 People disagree, so accuracy has a ceiling below 1. Where the data state how sure the labeller was
 (a column `p_chosen`), the ceiling is printed beside the accuracy. Calibration: of the pairs that
 (RM.1) calls 80 % certain, 80 % should be right.
 
-Left out on purpose: rankings of more than two answers, and a likelihood for ties: collect.py keeps
-the ties that --collect meets, training leaves them out.
+Left out on purpose: rankings of more than two answers, and a likelihood for ties: `cli.collect`
+keeps the ties that it meets, training leaves them out.
 
     python reward_model.py --adapter runs/sft --out runs/reward_model
-    python reward_model.py --collect 50 --out collected.jsonl
+    python -m cli.collect --pairs 50 --out collected.jsonl
     python reward_model.py --data collected.jsonl
 """
 
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +36,25 @@ from tqdm import tqdm
 
 import common
 import lora
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 400  # batches to learn from
+    batch_size: int = 32  # pairs per step
+    micro_batch_size: int | None = None  # pairs per forward pass, to save memory; none: all
+    lr: float = 1e-4  # peak learning rate (AdamW)
+    warmup: float = 0.05  # share of the steps in which the learning rate rises
+    seed: int = 0  # of everything random
+    lora_rank: int = 16  # r of a new adapter
+    lora_alpha: float = 32.0  # alpha of a new adapter
+    lora_targets: str = "auto"  # its layers, comma-separated; all-linear; auto: query, value
+    max_length: int = 1024  # tokens of prompt and answer; a longer prompt loses its beginning
+    margin: float = 0.0  # m of the loss: by how much the preferred answer should lead
+    center: float = 0.001  # c of the loss: weight of the centring term
+
+
+TINY = {"lr": 1e-3, "micro_batch_size": 4}
 
 # ------------------------------------------------------------------------------ the mathematics
 
@@ -61,129 +86,159 @@ def calibration(difference, edges=(0.0, 0.5, 1.0, 2.0, 4.0, math.inf)):
     return rows
 
 
-# ------------------------------------------------------------------------------ batch
+# ------------------------------------------------------------------------------ the model
 
 
-def score_pairs(model, pairs):
-    """(chosen [B], rejected [B]) scores, in one forward pass over both."""
-    both = [x + chosen for _, x, chosen, _ in pairs] + [x + rejected for _, x, _, rejected in pairs]
-    ids, attention = common.pad(both, "right", model.device)
-    return common.sequence_scores(model, "reward", ids, attention).chunk(2)
+def make_models(model, config):
+    """Adds the adapter "reward" with its scalar head to the frozen base, where they are missing."""
+    # What is new is drawn at random, without touching the random numbers of the caller.
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if "reward" not in lora.names(model):
+            lora.add_adapter(model, "reward", config.lora_rank, config.lora_alpha,
+                             targets=config.lora_targets)
+        if not lora.has_head(model, "reward"):
+            lora.add_head(model, "reward")
+
+
+def encode_pairs(tokenizer, rows, max_length):
+    """What `common.encode` makes of the pairs that can teach something: both answers fit, and they
+    are not the same."""
+    encoded = common.encode(tokenizer, rows, ["chosen", "rejected"], max_length)
+    return [item for item in encoded if item[2][0] != item[2][1]]
+
+
+def score_pairs(model, name, b):
+    """(chosen [N], rejected [N]): the scores of both answers to each prompt, in one pass.
+
+    The head reads the state at the last real token, the EOS, which has seen the whole answer."""
+    scores = common.adapter_scores(model, name, b["x"], b["x_mask"], b["y"], b["mask"])  # [2 N]
+    return scores.view(-1, 2).unbind(1)
+
+
+# ------------------------------------------------------------------------------ update
+
+
+def update(model, optimizer, batch, config, name="reward"):
+    """One AdamW step on a batch of pairs; returns its loss, the norm of its gradient, and the
+    differences r_w - r_l [N] before the step."""
+    total, differences = 0.0, []
+    N, parameters = len(batch["x"]), lora.adapter_parameters(model, name)
+    # A pair is a group of two answers, which share one reading of their prompt.
+    size = config.micro_batch_size and 2 * config.micro_batch_size
+    for _, b in common.micro_batches(batch, size):
+        with lora.use_adapter(model, name):
+            chosen, rejected = score_pairs(model, name, b)
+            loss = bradley_terry_loss(chosen, rejected, config.margin, config.center)  # (RM.2)
+            # A mean over pairs: weighted by their share, micro-batches add up to the batch.
+            loss = loss * len(chosen) / N
+            loss.backward()
+        total += loss.item()
+        differences.append((chosen - rejected).detach())
+    # One step, with a gradient of norm 1 at most.
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, norm, torch.cat(differences)
+
+
+# ------------------------------------------------------------------------------ train
+
+
+def train(model, tokenizer, rows, config=Config(), log=None, state=None):
+    """Trains the adapter "reward" of `model`. Returns a list of dictionaries, one per step.
+
+    rows: dictionaries with "prompt", a string or a list of messages, "chosen" and "rejected". Pairs
+    that do not fit, or whose answers are the same, are left out. log(row, samples, state) is called
+    once per step; `state` is all that going on needs beside the adapter, and train(state=...) goes
+    on from it."""
+    make_models(model, config)
+    # Prompts and answers as token ids, without the pairs that teach nothing.
+    pairs = encode_pairs(tokenizer, rows, config.max_length)
+    if not pairs:
+        raise ValueError(f"no pair of different answers fits into --max-length {config.max_length}")
+    optimizer = torch.optim.AdamW(lora.adapter_parameters(model, "reward"), weight_decay=0.0)
+    history, first = [], state["step"] if state else 0
+    # All else that a run needs to go on is in `state`; where it is in the data, the step says.
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+
+    bar = tqdm(range(first, config.steps), desc="reward_model", disable=None)
+    for step in bar:
+        clock = time.time()
+
+        # 1. A batch of pairs.
+        index = common.batch_rows(step, len(pairs), config.batch_size, config.seed)
+        batch = common.collate([pairs[i] for i in index], model.device)
+
+        # 2. Learn: one step on the gradient of (RM.2).
+        # The rate rises over the first --warmup of the steps, then falls to 0.
+        lr = common.learning_rate(step, config.steps, config.lr, config.warmup)
+        optimizer.param_groups[0]["lr"] = lr
+        loss, norm, difference = update(model, optimizer, batch, config)
+
+        # 3. Measure (RM.3), on the batch before the step.
+        row = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
+        row["accuracy"] = (difference > 0).float().mean().item()  # (RM.3)
+        row["margin"] = difference.mean().item()
+        row["seconds"] = time.time() - clock
+        history.append(row)
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{row['accuracy']:.2f}")
+        if log:
+            log(row, [], {"step": step + 1, "optimizer": optimizer.state_dict()})
+    return history
+
+
+# ------------------------------------------------------------------------------ command line
 
 
 @torch.no_grad()
-def evaluate(model, pairs, args):
-    """Held-out loss, accuracy and margin (RM.3), and the differences r_w - r_l."""
-    scores = torch.empty(len(pairs), 2)
-    for where, part in common.by_length(pairs, args.micro_batch_size):
-        scores[where] = torch.stack(score_pairs(model, part), 1).cpu()
-    chosen, rejected = scores.T
-    difference = chosen - rejected
+def evaluate(model, tokenizer, rows, config, name="reward"):
+    """Held-out loss, accuracy and margin (RM.3), and samples: the pairs with r_w - r_l as score."""
+    pairs = encode_pairs(tokenizer, rows, config.max_length)
+    batch = common.collate(pairs, model.device)
+    both = torch.empty(len(pairs), 2)
+    # A pair is a group of two answers; the answers 2 i and 2 i + 1 are pair i.
+    size = config.micro_batch_size and 2 * config.micro_batch_size
+    for answers, b in common.micro_batches(batch, size):
+        scores = score_pairs(model, name, b)
+        both[answers[::2] // 2] = torch.stack(scores, 1).cpu()
+    chosen, rejected = both.unbind(1)
+    difference = chosen - rejected  # [pairs]
     stats = {
-        "loss": bradley_terry_loss(chosen, rejected).item(),
+        "loss": bradley_terry_loss(chosen, rejected).item(),  # (RM.2), without m and c
         "accuracy": (difference > 0).float().mean().item(),  # (RM.3)
         "margin": difference.mean().item(),
-        "mean score": torch.cat([chosen, rejected]).mean().item(),
-        "score std": torch.cat([chosen, rejected]).std().item(),
+        "mean score": both.mean().item(),
+        "score std": both.std().item(),
     }
-    return stats, difference
-
-
-# ------------------------------------------------------------------------------ flags
-
-
-def parse_args(argv=None):
-    p = common.flags(__doc__, steps=400, batch_size=32, lr=(1e-3, 1e-4))
-    p.add_argument("--margin", type=common.amount, default=0.0, help="m of the loss (0)")
-    p.add_argument("--center", type=common.amount, default=0.001, help="c of the loss (0.001)")
-    p.add_argument("--warmup", type=common.share, default=0.05, help="share of the steps (0.05)")
-    add = p.add_argument_group("label pairs in the terminal instead of training").add_argument
-    add("--collect", type=common.whole, metavar="N",
-        help="pairs that the file --out (collected.jsonl) is to hold; --data: the prompts")
-    add("--max-new-tokens", type=common.whole, default=96, help="of an answer to judge (96)")
-    add("--temperature", type=common.amount, default=0.7, help="of their sampling (0.7)")
-    args = p.parse_args(argv)
-    if not args.collect:
-        args.max_new_tokens = 0  # training samples nothing and needs no room for it
-    data = "prompts.jsonl" if args.collect else "preferences.jsonl"
-    common.defaults(args, adapter="sft", data=data)
-    return args
-
-
-# ------------------------------------------------------------------------------ main loop
-
-
-def report(rows, before, after, difference):
-    """Prints the held-out table, the labeller's ceiling and the calibration."""
-    common.print_table(f"{len(rows)} held-out pairs", before, after)
-    common.print_ceiling(rows, after["accuracy"])
-    print(f"\n{'|r_w - r_l|':>14} {'pairs':>6} {'claimed':>8} {'right':>6}")
-    for low, high, n, claimed, right in calibration(difference):
-        print(f"{low:6.1f} to {high:4.1f} {n:6} {claimed:8.1%} {right:6.1%}")
+    # A pair that is ranked as labelled has a positive score.
+    samples = []
+    for (row, _, _), number in zip(pairs, difference.tolist()):
+        texts = {key: row[key] for key in ("prompt", "chosen", "rejected")}
+        samples.append({**texts, "score": number})
+    return stats, samples
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    if args.collect:
-        import collect  # here, so that training can be copied without it
+    """Reads the flags, loads, trains, prints. Only this needs `cli`: a copied file needs it not."""
+    from cli import data, flags, models, runs
 
-        return collect.session(args)
-    out = common.free_folder(args, "reward_model")
-    common.seed_everything(args.seed)
-    train, test = common.load_data(args.data, ["prompt", "chosen", "rejected"])
-    model, tokenizer = common.load_model(args)
-    common.start_adapter(model, "reward", args)
-    if "reward" not in getattr(model, "heads", {}):
-        lora.add_head(model, "reward")
-    test, room = common.take(test, args.eval_size), args.max_length
-    pairs = common.encode_preferences(tokenizer, train, room)
-    test_pairs = common.encode_preferences(tokenizer, test, room, "held-out")
-    if not pairs or not test_pairs:
-        common.fail(f"no pair of different answers fits into --max-length {args.max_length}")
-    before, _ = evaluate(model, test_pairs, args)
-    print(f"loss before training {before['loss']:.3f} (ln 2 = {math.log(2):.3f})")
-    out = common.start_run(out, args)
-    parameters = lora.adapter_parameters(model, "reward")
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, eps=1e-5, weight_decay=0.0)
-    order = common.batches(len(pairs), args.batch_size, args.seed)
-    bar = tqdm(range(args.steps), desc="reward_model")
-    for step in bar:
-        clock = time.time()
-        # 1. a batch of pairs
-        batch = [pairs[i] for i in next(order)]
-        # 2. the gradient of (RM.2), micro-batch by micro-batch
-        loss, differences = 0.0, []
-        for _, part in common.by_length(batch, args.micro_batch_size):
-            chosen, rejected = score_pairs(model, part)
-            part_loss = bradley_terry_loss(chosen, rejected, args.margin, args.center)
-            part_loss = part_loss * len(part) / len(batch)
-            part_loss.backward()
-            loss += part_loss.item()
-            differences.append((chosen - rejected).detach())
-        # 3. one AdamW step
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        lr = common.learning_rate(step, args.steps, args.lr, args.warmup)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        # 4. measure (RM.3), on the batch before the step
-        difference = torch.cat(differences)
-        accuracy, margin = (difference > 0).float().mean().item(), difference.mean().item()
-        row = {"step": step, "seconds": time.time() - clock, "loss": loss, "grad_norm": norm}
-        row |= {"lr": lr, "accuracy": accuracy, "margin": margin}
-        common.append(out / "metrics.jsonl", row)
-        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}")
-        if args.save_every and (step + 1) % args.save_every == 0:
-            lora.save_adapter(model, "reward", out / f"step-{step + 1}")
-
-    lora.save_adapter(model, "reward", out)
-    after, difference = evaluate(model, test_pairs, args)
-    rows = [row for row, _, _, _ in test_pairs]
-    for row, d in zip(rows, difference.tolist()):
-        sample = {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
-        common.append(out / "samples.jsonl", sample | {"score": d})
-    report(rows, before, after, difference)
-    common.finish(out, args)
+    with flags.errors():
+        args, config = flags.read("reward_model", __doc__, Config, TINY, argv)
+        rows, test = data.load(args, ["prompt", "chosen", "rejected"])
+        model, tokenizer, config = models.load(args, config, "reward", test)
+        rows, test = (data.that_fit(part, tokenizer, ["chosen", "rejected"], config)
+                      for part in (rows, test))
+        make_models(model, config)
+        before = evaluate(model, tokenizer, test, config)
+        print(f"loss before training {before[0]['loss']:.3f} (ln 2 = {math.log(2):.3f})")
+        log = runs.start(args, config, model, "reward", before)
+        train(model, tokenizer, rows, config, log)
+        after = evaluate(model, tokenizer, test, config)
+        runs.finish(args, config, model, "reward", before, after)
+        runs.print_ceiling(test, after[0]["accuracy"])
+        runs.print_calibration(calibration(torch.tensor([s["score"] for s in after[1]])))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ Ouyang et al. 2022, arXiv:2203.02155, section 3.1).
     (SFT.2)  perplexity = exp(total negative log-likelihood / total tokens), on held-out responses
     (SFT.3)  ROUGE-L = 2 P R / (P + R),  P = LCS / |prediction|,  R = LCS / |reference|
 
+The algorithm, for each step:
+    1. take a batch of demonstrations: prompts and the answers that people wrote
+    2. one step of gradient descent on (SFT.1)
+
 The prompt is read but not learnt: its labels are -100. EOS is learnt: a model that never saw it in
 the loss never stops. Labels come from lengths, not from `ids == pad`, because in many models pad is
 EOS.
@@ -18,6 +22,7 @@ Left out on purpose: packing several rows into one sequence, and a loss on the p
 import math
 import re
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +30,29 @@ from tqdm import tqdm
 
 import common
 import lora
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 250  # batches to learn from
+    batch_size: int = 32  # demonstrations per step
+    micro_batch_size: int | None = None  # of them per forward pass, to save memory; none: all
+    lr: float = 2e-4  # peak learning rate (AdamW)
+    warmup: float = 0.05  # share of the steps in which the learning rate rises
+    seed: int = 0  # of everything random
+    lora_rank: int = 16  # r of a new adapter
+    lora_alpha: float = 32.0  # alpha of a new adapter
+    lora_targets: str = "auto"  # its layers, comma-separated; all-linear; auto: query, value
+    max_length: int = 1024  # tokens of prompt and answer; a longer prompt loses its beginning
+    max_new_tokens: int = 128  # tokens of an answer that is sampled to look at
+
+    def __post_init__(self):
+        if self.max_new_tokens >= self.max_length:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt "
+                             f"in --max-length {self.max_length}")
+
+
+TINY = {"lr": 3e-3, "micro_batch_size": 4}
 
 # ------------------------------------------------------------------------------ the mathematics
 
@@ -59,118 +87,155 @@ def rouge_l(prediction, reference):
     return 2 * precision * recall / (precision + recall)  # (SFT.3)
 
 
-# ------------------------------------------------------------------------------ batch
+# ------------------------------------------------------------------------------ the model
 
 
-def encode(tokenizer, rows, max_length):
-    """[(prompt ids, response ids)] of the rows that fit into max_length, and how many did not."""
-    pairs = [common.encode_pair(tokenizer, r["prompt"], r["response"], max_length) for r in rows]
-    return [p for p in pairs if p], pairs.count(None)
+def make_models(model, config):
+    """Adds the adapter "policy", which SFT trains, to the frozen base, unless it is there."""
+    # A new adapter is drawn at random, without touching the random numbers of the caller.
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if "policy" not in lora.names(model):
+            lora.add_adapter(model, "policy", config.lora_rank, config.lora_alpha,
+                             targets=config.lora_targets)
 
 
-def collate(pairs, device):
-    """ids, attention and labels, all [B, T]; the labels are -100 on the prompt and the padding."""
-    ids, attention = common.pad([p + r for p, r in pairs], "right", device)
-    labels, _ = common.pad([[-100] * len(p) + r for p, r in pairs], "right", device)
-    return ids, attention, labels.masked_fill(attention == 0, -100)
+def batch_loss(model, b):
+    """The loss (SFT.1) of a batch, by the adapter that is active.
+
+    `common.read` gives logits from the last prompt token on, [B, R+1, V]. `sft_loss` shifts by one
+    itself, because position t-1 predicts token t. So it gets the tokens at these R + 1 positions as
+    labels, the first of which, the end of the prompt, is not to be learnt."""
+    logits = common.read(model, b["x"], b["x_mask"], b["y"], b["mask"])
+    labels = b["y"].masked_fill(b["mask"] == 0, -100)
+    start = torch.full_like(labels[:, :1], -100)
+    return sft_loss(logits, torch.cat([start, labels], 1))  # (SFT.1)
+
+
+# ------------------------------------------------------------------------------ update
+
+
+def update(model, optimizer, batch, config, policy="policy"):
+    """One AdamW step on a batch; returns its loss and the norm of its gradient."""
+    total, tokens = 0.0, batch["mask"].sum()
+    for _, b in common.micro_batches(batch, config.micro_batch_size):
+        with lora.use_adapter(model, policy):
+            # (SFT.1) is a mean over tokens. Weighted by their share of the tokens, micro-batches
+            # add up to the mean of the batch, however it is cut.
+            loss = batch_loss(model, b) * b["mask"].sum() / tokens
+            loss.backward()
+        total += loss.item()
+    # One step, with a gradient of norm 1 at most.
+    parameters = lora.adapter_parameters(model, policy)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, norm
+
+
+# ------------------------------------------------------------------------------ train
+
+
+def train(model, tokenizer, rows, config=Config(), log=None, state=None):
+    """SFT on the adapter "policy" of `model`. Returns a list of dictionaries, one per step.
+
+    rows: dictionaries with "prompt", a string or a list of messages, and "response". Rows whose
+    answer does not fit are left out. log(row, samples, state) is called once per step; `state` is
+    all that going on needs beside the adapter, and train(state=...) goes on from it."""
+    make_models(model, config)
+    # Prompts and answers as token ids, without the rows whose answer is too long.
+    encoded = common.encode(tokenizer, rows, ["response"], config.max_length)
+    if not encoded:
+        raise ValueError(f"no demonstration fits into --max-length {config.max_length}")
+    optimizer = torch.optim.AdamW(lora.adapter_parameters(model, "policy"), weight_decay=0.0)
+    history, first = [], state["step"] if state else 0
+    # All else that a run needs to go on is in `state`; where it is in the data, the step says.
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+
+    bar = tqdm(range(first, config.steps), desc="sft", disable=None)
+    for step in bar:
+        clock = time.time()
+
+        # 1. A batch of demonstrations.
+        index = common.batch_rows(step, len(encoded), config.batch_size, config.seed)
+        batch = common.collate([encoded[i] for i in index], model.device)
+
+        # 2. Learn: one step on the gradient of (SFT.1).
+        # The rate rises over the first --warmup of the steps, then falls to 0.
+        lr = common.learning_rate(step, config.steps, config.lr, config.warmup)
+        optimizer.param_groups[0]["lr"] = lr
+        loss, norm = update(model, optimizer, batch, config)
+
+        # 3. Measure: `loss` is in nats per token, before the step.
+        row = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
+        row["seconds"] = time.time() - clock
+        history.append(row)
+        bar.set_postfix(loss=f"{loss:.3f}")
+        if log:
+            log(row, [], {"step": step + 1, "optimizer": optimizer.state_dict()})
+    return history
+
+
+# ------------------------------------------------------------------------------ command line
 
 
 @torch.no_grad()
-def evaluate(model, name, tokenizer, rows, pairs, args):
-    """Held-out perplexity, ROUGE-L and stop rate of greedy answers; these; the ROUGE-L of each."""
-    nll = tokens = 0
-    with lora.use_adapter(model, name):
-        for i in range(0, len(pairs), args.micro_batch_size):
-            ids, attention, labels = collate(pairs[i : i + args.micro_batch_size], model.device)
-            count = (labels[:, 1:] != -100).sum().item()
-            logits = model(**common.inputs(ids, attention)).logits
-            nll, tokens = nll + sft_loss(logits, labels).item() * count, tokens + count
-        texts, stopped = common.answer(
-            model, tokenizer, [row["prompt"] for row in rows], args.max_new_tokens,
-            max_length=args.max_length)
-    rouge = [rouge_l(text, row["response"]) for text, row in zip(texts, rows)]
-    stats = {"perplexity": math.exp(nll / tokens), "rouge_l": sum(rouge) / len(rouge)}  # (SFT.2)
-    return stats | {"stop_rate": sum(stopped) / len(stopped)}, texts, rouge
+def evaluate(model, tokenizer, rows, config, policy="policy"):
+    """({perplexity, rouge_l, stop_rate}, samples) of held-out demonstrations and greedy answers."""
+    encoded = common.encode(tokenizer, rows, ["response"], config.max_length)
+    # Perplexity of the answers that people wrote.
+    nll = tokens = 0.0
+    batch = common.collate(encoded, model.device)
+    for _, b in common.micro_batches(batch, config.micro_batch_size):
+        count = b["mask"].sum().item()
+        with lora.use_adapter(model, policy):
+            nll += batch_loss(model, b).item() * count
+        tokens += count
+    stats = {"perplexity": math.exp(nll / tokens)}  # (SFT.2)
 
-
-# ------------------------------------------------------------------------------ flags
-
-
-def parse_args(argv=None):
-    p = common.flags(__doc__, steps=250, batch_size=32, lr=(3e-3, 2e-4))
-    p.add_argument("--warmup", type=common.share, default=0.05, help="share of the steps (0.05)")
-    p.add_argument("--max-new-tokens", type=common.whole, default=128, help="of an answer (128)")
-    args = p.parse_args(argv)
-    common.defaults(args, adapter=None, data="demonstrations.jsonl")
-    return args
-
-
-# ------------------------------------------------------------------------------ main loop
+    # Greedy answers, to be compared with them.
+    stop = common.stop_ids(model, tokenizer)
+    room = config.max_length - config.max_new_tokens
+    prompts = [common.encode_prompt(tokenizer, row["prompt"])[-room:] for row, _, _ in encoded]
+    x, x_mask = common.pad(prompts, "left", model.device)  # [B, P]
+    with lora.use_adapter(model, policy):
+        y, mask, _, _ = common.sample(model, x, x_mask, stop, config.max_new_tokens, 0.0)
+    samples = []
+    for text, (row, _, _) in zip(common.decode(tokenizer, y, mask), encoded):
+        number = rouge_l(text, row["response"])  # (SFT.3)
+        samples.append({"prompt": row["prompt"], "response": text, "score": number})
+    stats["rouge_l"] = sum(sample["score"] for sample in samples) / len(samples)
+    # An answer that did not end by itself was cut off at --max-new-tokens.
+    stats["stop_rate"] = common.ended(y, mask, stop).float().mean().item()
+    return stats, samples
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    out = common.free_folder(args, "sft")
-    common.seed_everything(args.seed)
-    train, test = common.load_data(args.data, ["prompt", "response"])
-    model, tokenizer = common.load_model(args)
-    common.start_adapter(model, "policy", args)
-    pairs, dropped = encode(tokenizer, train, args.max_length)
-    fits = [r for r in test if encode(tokenizer, [r], args.max_length)[0]]
-    test = common.take(fits, args.eval_size)
-    test_pairs, _ = encode(tokenizer, test, args.max_length)
-    print(f"{len(pairs)} demonstrations ({dropped} dropped: longer than {args.max_length} tokens)")
-    if not pairs or not test:
-        common.fail(f"no demonstration fits into --max-length {args.max_length}")
-    common.check_prompts(tokenizer, test, args.max_length - args.max_new_tokens)
-    before, texts_before, rouge = evaluate(model, "policy", tokenizer, test, test_pairs, args)
-    out = common.start_run(out, args)
+    """Reads the flags, loads, trains, prints. Only this needs `cli`: a copied file needs it not."""
+    from cli import data, flags, models, runs
 
-    common.save_samples(out, 0, test, texts_before, rouge)
-    parameters = lora.adapter_parameters(model, "policy")
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    order = common.batches(len(pairs), args.batch_size, args.seed)
-    bar = tqdm(range(args.steps), desc="sft")
-    for step in bar:
-        clock = time.time()
-        # 1. a batch of demonstrations
-        batch = [pairs[i] for i in next(order)]
-        tokens = sum(len(response) for _, response in batch)
-        # 2. the gradient of (SFT.1); micro-batches weigh as many tokens as they hold
-        loss = 0.0
-        with lora.use_adapter(model, "policy"):
-            for _, part in common.by_length(batch, args.micro_batch_size):
-                ids, attention, labels = collate(part, model.device)
-                logits = model(**common.inputs(ids, attention)).logits
-                share = sum(len(response) for _, response in part) / tokens
-                part_loss = sft_loss(logits, labels) * share
-                part_loss.backward()
-                loss += part_loss.item()
-        # 3. one AdamW step
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        lr = common.learning_rate(step, args.steps, args.lr, args.warmup)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        row = {"step": step, "seconds": time.time() - clock, "loss": loss, "grad_norm": norm}
-        row["lr"] = lr
-        bar.set_postfix(loss=f"{loss:.3f}")
-        # 4. measure: the first row holds the model before training, the last row after it
-        if step == 0:
-            row |= before
-        if step == args.steps - 1:
-            lora.save_adapter(model, "policy", out)
-            after, texts_after, rouge = evaluate(
-                model, "policy", tokenizer, test, test_pairs, args)
-            row |= after
-        common.append(out / "metrics.jsonl", row)
-        if args.save_every and (step + 1) % args.save_every == 0:
-            lora.save_adapter(model, "policy", out / f"step-{step + 1}")
+    with flags.errors():
+        args, config = flags.read("sft", __doc__, Config, TINY, argv)
+        rows, test = data.load(args, ["prompt", "response"])
+        model, tokenizer, config = models.load(args, config, "policy", test)
+        rows, test = (data.that_fit(part, tokenizer, ["response"], config) for part in (rows, test))
+        make_models(model, config)
+        before = evaluate(model, tokenizer, test, config)
+        write = runs.start(args, config, model, "policy", before)
+        after = []
 
-    common.save_samples(out, args.steps, test, texts_after, rouge)
-    common.print_samples(test, texts_before, texts_after)
-    common.print_table(f"{len(test)} held-out prompts", before, after)
-    common.finish(out, args)
+        def log(row, samples, state):
+            # The first row also holds the model before training, and the last the one after it.
+            if row["step"] == 0:
+                row.update(before[0])
+            if row["step"] == config.steps - 1:
+                after[:] = evaluate(model, tokenizer, test, config)
+                row.update(after[0])
+            write(row, samples, state)
+
+        train(model, tokenizer, rows, config, log)
+        runs.finish(args, config, model, "policy", before, after)
 
 
 if __name__ == "__main__":

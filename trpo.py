@@ -1,33 +1,43 @@
-"""TRPO for a language model: the largest step that keeps the policy near itself, measured as a
+"""TRPO for a language model: the largest step that keeps the policy near itself, where near is a
 distance between distributions and not between weights (Schulman et al. 2015, arXiv:1502.05477).
 
-One token is one action, the text so far is the state. With log-probabilities of the sampled token:
+One token is one action, and the text so far is the state. Equations named RL stand in several
+scripts, with the same number:
 
-    (TRPO.1)   R_t = -beta (log pi_old - log pi_ref)_t  + [t last] score    the KL in the reward
-    (TRPO.2)   A_t = delta_t + gamma lambda A_{t+1},  delta_t = R_t + gamma V_{t+1} - V_t    GAE
-    (TRPO.3)   G_t = A_t + V_t                                           what the critic learns
-    (TRPO.4)   A <- (A - mean A) / sqrt(var A + 1e-8)                    over all tokens
-    (TRPO.5)   L(theta) = mean pi(y_t) / pi_old(y_t) A_t                 the surrogate
-    (TRPO.6)   D(theta) = mean_t sum_v pi_old(v) log(pi_old(v) / pi(v))  exact, nats per token
+    (RL.1)  log pi(y_t) = log softmax(logits / temperature)[y_t]          of a sampled token
+    (RL.2)  R_t = -beta (log pi_old - log pi_ref)_t  + [t last] score     reward with the KL inside
+    (RL.3)  delta_t = R_t + gamma V_{t+1} - V_t                           V = 0 after the last one
+    (RL.4)  A_t = delta_t + gamma lambda A_{t+1}                          GAE (arXiv:1506.02438)
+    (RL.5)  G_t = A_t + V_t                                               what the critic learns
+    (RL.6)  A <- (A - mean A) / sqrt(var A + 1e-8)                        over all tokens
+    (TRPO.1) L(theta) = mean pi(y_t) / pi_old(y_t) A_t                    the surrogate
+    (TRPO.2) D(theta) = mean_t sum_v pi_old(v) log(pi_old(v) / pi(v))     exact, nats per token
 
 TRPO maximises L where D <= delta. Near theta_old L is linear with gradient g, and D is quadratic
 with the Fisher matrix F as its Hessian, so that the best step has the direction F^-1 g:
 
-    (TRPO.7)   F v = grad((grad D) . v)                  F itself is never formed
-    (TRPO.8)   s = (F + damping)^-1 g                    by conjugate gradient
-    (TRPO.9)   length = sqrt(2 delta / s F s)            where 1/2 length^2 s F s is delta
-    (TRPO.10)  theta = theta_old + 0.8^j length s        the first j = 0, 1, ... at which L has
-                                                         risen and D <= 1.2 delta, else none
-    (TRPO.11)  L_V = mean 1/2 (V - G)^2                  the critic, by gradient descent
+    (TRPO.3) F v = grad((grad D) . v)                  F itself is never formed
+    (TRPO.4) s = (F + damping)^-1 g                    by conjugate gradient
+    (TRPO.5) length = sqrt(2 delta / s F s)            where 1/2 length^2 s F s is delta
+    (TRPO.6) theta = theta_old + 0.8^j length s        the first j = 0, 1, ... at which L has risen
+                                                       and D <= 1.2 delta, else none
+    (TRPO.7) L_V = mean 1/2 (V - G)^2                  the critic, by gradient descent
+
+The algorithm, for each step:
+    1. sample answers y ~ pi_old to a batch of prompts, and score them
+    2. from one score per answer to one advantage per token: (RL.2) to (RL.6)
+    3. the policy: a natural gradient step as long as the trust region allows, (TRPO.3) to (TRPO.6)
+    4. the critic: a few passes of gradient descent on (TRPO.7)
 
 F has as many rows as LoRA has parameters. A change of A that B takes back changes no probability;
 with B = 0 all rows for A are zero. So F is singular, and where it is taken on a part of the batch
-(--fisher-rows), F s = g has no solution: hence the damping. The length of the step, in which
+(--fisher-rows), F s = g has no usable solution: hence the damping. The length of the step, in which
 damping has no part, is measured on the whole batch.
 
-delta is per token. An answer of n tokens may move by about n delta in a step; both are printed. The
+delta is per token. An answer of n tokens may move by about n delta in a step; both are logged. The
 paper's bound on how far L may be from the truth has the factor gamma / (1 - gamma)^2: at gamma = 1
-it says nothing. For answers of at most H tokens the same argument ends at H (H - 1) max|A| max D.
+it says nothing. For answers of at most H tokens the same argument ends at H (H - 1) max|A| max D,
+where max D is the largest KL of any single state.
 
 Left out on purpose: a KL penalty in place of the constraint, and the value function's own trust
 region.
@@ -37,7 +47,7 @@ region.
 """
 
 import time
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,15 +56,53 @@ from tqdm import tqdm
 import common
 import lora
 
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 200  # batches to learn from
+    batch_size: int = 8  # answers per step
+    micro_batch_size: int | None = None  # answers per forward pass, to save memory; none: all
+    lr: float = 3e-5  # peak learning rate of the critic (AdamW); the policy needs none
+    seed: int = 0  # of everything random
+    lora_rank: int = 16  # r of a new adapter
+    lora_alpha: float = 32.0  # alpha of a new adapter
+    lora_targets: str = "auto"  # its layers, comma-separated; all-linear; auto: query, value
+    max_length: int = 1024  # tokens of prompt and answer; a longer prompt loses its beginning
+    max_new_tokens: int = 96  # tokens of an answer
+    temperature: float = 0.7  # of sampling, and so of all log-probabilities
+    missing_eos_score: float | None = -3.0  # of an answer that was cut off; none: the reward's
+    beta: float = 0.08  # KL weight, units of score per nat
+    max_kl: float = 0.001  # delta, nats per token and step
+    cg_iters: int = 5  # Fisher-vector products per step
+    damping: float = 0.1  # added to F
+    fisher_rows: int = 4  # answers of the batch that F is taken on
+    backtracks: int = 10  # trials of the line search
+    ppo_epochs: int = 2  # passes of the critic over a batch
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # lambda of GAE
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ValueError("--temperature must be above 0: at 0 all answers to a prompt are one")
+        if self.max_new_tokens >= self.max_length:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt "
+                             f"in --max-length {self.max_length}")
+        if self.damping <= 0 or self.max_kl <= 0:
+            raise ValueError("--damping and --max-kl must be above 0: F is singular, and a step "
+                             "has a size")
+
+
+TINY = {"lr": 2e-3, "micro_batch_size": 4, "temperature": 0.5, "missing_eos_score": -10.0}
+
 # ------------------------------------------------------------------------------ the mathematics
 
 
 def token_logps(logits, ids, temperature=1.0):
-    """log pi(y_t) of each sampled token under softmax(logits / temperature), in fp32.
+    """log pi(y_t) of each token under softmax(logits / temperature), in fp32. (RL.1)
 
-    logits [B, R, V] that predict ids [B, R]. Returns [B, R], nats; enters (TRPO.1) and (TRPO.5)."""
+    logits [B, R, V] that predict ids [B, R]. Returns [B, R], nats."""
     logits = logits.float() / temperature
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)  # (RL.1)
 
 
 def masked_mean(x, mask):
@@ -63,7 +111,7 @@ def masked_mean(x, mask):
 
 
 def kl_shaped_rewards(score, logp, logp_ref, mask, beta):
-    """The reward of each token: a KL penalty everywhere, the score at the last real token. (TRPO.1)
+    """The reward of each token: a KL penalty everywhere, the score at the last real token. (RL.2)
 
     score [B]; logp, logp_ref, mask [B, R]; beta in units of score per nat. Returns [B, R], detached
     and 0 on padding. Raises ValueError if a response has no token.
@@ -72,11 +120,11 @@ def kl_shaped_rewards(score, logp, logp_ref, mask, beta):
         raise ValueError("a response has no token: nothing can carry its score")
     rewards = -beta * (logp - logp_ref) * mask
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1, keepdim=True)
-    return rewards.scatter_add(1, last, score.unsqueeze(1).to(rewards.dtype)).detach()
+    return rewards.scatter_add(1, last, score.unsqueeze(1).to(rewards.dtype)).detach()  # (RL.2)
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation. (TRPO.2), (TRPO.3)
+    """Generalised advantage estimation. (RL.3) to (RL.5)
 
     rewards, values, mask [B, R], real tokens first. Nothing is bootstrapped beyond the last real
     token: the value of the end is 0. Returns (adv, ret), both [B, R] and 0 on padding; ret is taken
@@ -84,41 +132,41 @@ def gae(rewards, values, mask, gamma, lam):
     adv, running = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     v_next = torch.zeros_like(running)
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * v_next - values[:, t]
-        running = mask[:, t] * (delta + gamma * lam * running)  # (TRPO.2)
+        delta = rewards[:, t] + gamma * v_next - values[:, t]  # (RL.3)
+        running = mask[:, t] * (delta + gamma * lam * running)  # (RL.4)
         v_next = mask[:, t] * values[:, t]
         adv[:, t] = running
-    return adv, (adv + values) * mask  # (TRPO.3)
+    return adv, (adv + values) * mask  # (RL.5)
 
 
 def whiten(x, mask):
-    """x with mean 0 and (biased) variance 1 over all real tokens, 0 on padding. (TRPO.4)"""
+    """x with mean 0 and (biased) variance 1 over all real tokens, 0 on padding. (RL.6)"""
     mean = masked_mean(x, mask)
     var = masked_mean((x - mean).square(), mask)
-    return (x - mean) * (var + 1e-8).rsqrt() * mask
+    return (x - mean) * (var + 1e-8).rsqrt() * mask  # (RL.6)
 
 
 def surrogate(logp, logp_old, adv, mask):
-    """What the new policy would gain on the answers of the old one, to be increased. (TRPO.5)
+    """What the new policy would gain on the answers of the old one, to be increased. (TRPO.1)
 
     All [B, R], logp with gradient. Returns a scalar, the mean over real tokens; its gradient at
     logp = logp_old is the policy gradient. Source: arXiv:1502.05477, Eq. 14."""
     ratio = ((logp - logp_old) * mask).exp()  # 1 on padding, where exp could overflow
-    return masked_mean(ratio * adv, mask)  # (TRPO.5)
+    return masked_mean(ratio * adv, mask)  # (TRPO.1)
 
 
 def mean_kl(logits_old, logits, mask):
-    """Exact KL(old || new), summed over the vocabulary, mean over real tokens, nats. (TRPO.6)
+    """Exact KL(old || new), summed over the vocabulary, mean over real tokens, nats. (TRPO.2)
 
     logits_old, logits [B, R, V], already divided by the temperature; mask [B, R]. Returns a scalar.
     Source: arXiv:1502.05477, Eq. 12."""
     old, new = logits_old.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return masked_mean((old.exp() * (old - new)).sum(-1), mask)
+    return masked_mean((old.exp() * (old - new)).sum(-1), mask)  # (TRPO.2)
 
 
 def value_loss(values, ret, mask):
-    """Half the squared error of the critic, mean over real tokens; all [B, R]. (TRPO.11)"""
-    return 0.5 * masked_mean((values - ret).square(), mask)
+    """Half the squared error of the critic, mean over real tokens; all [B, R]. (TRPO.7)"""
+    return 0.5 * masked_mean((values - ret).square(), mask)  # (TRPO.7)
 
 
 def flatten(tensors):
@@ -127,13 +175,13 @@ def flatten(tensors):
 
 
 def kl_slope(kl, params):
-    """The gradient of the scalar `kl` by the tensors `params`: a vector that has a gradient itself.
-    Needs an attention kernel that can be differentiated twice."""
+    """The gradient of the scalar `kl` with respect to the tensors `params`: a vector that has a
+    gradient itself. Needs an attention kernel that can be differentiated twice."""
     return flatten(torch.autograd.grad(kl, params, create_graph=True, materialize_grads=True))
 
 
 def fisher_vector_product(kl, params, v, damping, slope=None):
-    """(F + damping) v, where F is the Hessian of `kl` by `params`. (TRPO.7)
+    """(F + damping) v, where F is the Hessian of `kl` with respect to `params`. (TRPO.3)
 
     kl: scalar with graph, mean_kl(logits.detach(), logits, mask), at whose minimum the Hessian is
     the Fisher matrix; params: list of tensors; v: vector of as many numbers; slope: kl_slope(kl,
@@ -141,11 +189,11 @@ def fisher_vector_product(kl, params, v, damping, slope=None):
     Source: arXiv:1502.05477, appendix C.1; Pearlmutter 1994."""
     slope = kl_slope(kl, params) if slope is None else slope
     product = torch.autograd.grad(slope @ v, params, retain_graph=True, materialize_grads=True)
-    return flatten(product) + damping * v  # (TRPO.7)
+    return flatten(product) + damping * v  # (TRPO.3)
 
 
 def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
-    """Solves M x = b for a symmetric positive definite M, known by matvec(x) = M x. (TRPO.8)
+    """Solves M x = b for a symmetric positive definite M, known by matvec(x) = M x. (TRPO.4)
 
     Stops after iters products, or once |b - M x|^2 < tol. Returns x; exact after as many products
     as b has numbers. Source: Hestenes and Stiefel 1952."""
@@ -164,96 +212,184 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
 
 def step_length(sFs, max_kl):
     """How far to go along s: the length at which 1/2 length^2 s F s is max_kl; 0 where s F s is not
-    a positive number. (TRPO.9)"""
+    a positive number. (TRPO.5)"""
     return (2 * max_kl / sFs) ** 0.5 if 0 < sFs < float("inf") else 0.0
 
 
-def token_entropy(logits, temperature=1.0):
-    """Entropy [B, R] of softmax(logits / temperature), logits [B, R, V], nats."""
-    logp = (logits.float() / temperature).log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
-
-
 def explained_variance(values, ret, mask):
-    """1 - Var(ret - values) / Var(ret) over real tokens, all [B, R]: 1 for a perfect critic, 0 for
-    a constant one."""
+    """1 - Var(ret - values) / Var(ret) over real tokens, all [B, R]; a constant critic gets 0.
+
+    ret is the plain reward to go (lambda 1): it is 1 only if every return was foreseen, and even a
+    perfect critic knows only their mean. At lambda below 1 ret would contain the critic itself."""
     real = mask.bool()
     unexplained = (ret - values)[real].var(unbiased=False)
     return 1 - (unexplained / ret[real].var(unbiased=False).clamp(min=1e-8)).item()
+
+
+def rollout_stats(batch):
+    """What is logged of a rollout, from its score, ended [B] and logp_old, logp_ref, entropy, mask
+    [B, R]. kl is in nats per answer (k1), entropy and surprise -log pi_old in nats per token.
+
+    A token drawn from the full distribution has the entropy as its mean surprise. surprise_z counts
+    the standard errors between the two: a sampler that truncates (top-p, top-k) is far below 0."""
+    logp, mask = batch["logp_old"], batch["mask"]
+    excess = (-logp - batch["entropy"]) * mask  # mean 0 for every token, whatever came before
+    stats = {
+        "score": batch["score"].mean(),
+        "score_std": batch["score"].std(unbiased=False),
+        "kl": ((logp - batch["logp_ref"]) * mask).sum(1).mean(),
+        "entropy": masked_mean(batch["entropy"], mask),
+        "surprise": masked_mean(-logp, mask),
+        "surprise_z": excess.sum() / excess.square().sum().sqrt().clamp(min=1e-8),
+        "eos_rate": batch["ended"].float().mean(),
+        "length": mask.sum(1).mean(),
+    }
+    return {key: value.item() for key, value in stats.items()}
+
+
+# ------------------------------------------------------------------------------ the four models
+
+
+def make_models(model, reward, config):
+    """Hangs PPO's models on the one frozen base as adapters: makes what is missing, keeps the rest.
+
+    policy      trained; if you loaded none, a new adapter, which changes nothing yet
+    reference   a frozen copy of the policy as it was at the start
+    reward      frozen; only if `reward` names an adapter with a head, else it is a function
+    critic      trained; a network that predicts the score that an unfinished answer will get"""
+    # A new adapter is drawn at random, without touching the random numbers of the caller.
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if "policy" not in lora.names(model):
+            lora.add_adapter(model, "policy", config.lora_rank, config.lora_alpha,
+                             targets=config.lora_targets)
+        # With the policy new, this copy is the bare base.
+        if "reference" not in lora.names(model):
+            lora.copy_adapter(model, "policy", "reference")
+        # A reward model knows a good answer once it has read it all: a good start for a critic.
+        # Without one the critic starts from the policy's features, under a head that says 0.
+        if "critic" not in lora.names(model):
+            start = reward if isinstance(reward, str) else "policy"
+            lora.copy_adapter(model, start, "critic", trainable=True)
+            if not lora.has_head(model, "critic"):
+                lora.add_head(model, "critic").weight.data.zero_()
+
+
+@torch.no_grad()
+def batch_logps(model, name, batch, config):
+    """log pi(y_t) [B, R] of all answers of a batch, under the adapter `name`; None: the bare base.
+
+    `common.read` gives the logits after the prompt and after each token of the answer. The logits
+    at a position predict the token that comes next: position t-1 predicts token t. So the first of
+    these R + 1 predicts y_1, and the last predicts nothing that we have, and is dropped."""
+    logps = torch.zeros_like(batch["mask"])
+    for rows, b in common.micro_batches(batch, config.micro_batch_size):
+        y, mask = b["y"], b["mask"]  # [b, R]
+        with lora.use_adapter(model, name):
+            logits = common.read(model, b["x"], b["x_mask"], y, mask)
+        logp = token_logps(logits[:, :-1], y, config.temperature)  # (RL.1)
+        # A micro-batch is as wide as its own longest answer; after it the zeros stay.
+        logps[rows, : y.shape[1]] = logp * mask
+    return logps
+
+
+def read_values(model, name, b):
+    """V_t [B, R] of the critic `name`: what it expects after reading the tokens before y_t.
+
+    So V_t is read at position t-1, like the logits that predict y_t. As a baseline for y_t it must
+    not have seen y_t."""
+    with lora.use_adapter(model, name):
+        states = common.read(model, b["x"], b["x_mask"], b["y"], b["mask"], states=True)
+    return model.heads[name](states[:, :-1].float()).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------ rollout
 
 
 @torch.no_grad()
-def rollout(model, tokenizer, rows, reward, generator, args):
-    """One response to each row's prompt, with all that does not change during the update.
+def rollout(model, tokenizer, rows, reward, config, generator,
+            policy="policy", reference="reference", critic="critic"):
+    """One answer to the prompt of each data row, and all about it that the update holds fixed.
 
-    Sampling and log-probabilities use the same temperature. A response that did not stop by itself
-    scores --missing-eos-score, whatever the reward makes of its torso."""
-    stop, room = common.stop_ids(model, tokenizer), args.max_length - args.max_new_tokens
-    prompts = [common.encode_prompt(tokenizer, r["prompt"])[-room:] for r in rows]
-    with lora.use_adapter(model, "policy"):
-        ids, attention, mask = common.sample(
-            model, prompts, stop, args.max_new_tokens, args.temperature, generator)
-    batch = dict(ids=ids, attention=attention, mask=mask)
-    batch |= {key: torch.zeros_like(mask) for key in ("logp", "logp_ref", "values", "entropy")}
-    head = model.get_output_embeddings().weight  # [V, d]
-    batch["states_old"] = head.new_zeros(*mask.shape, head.shape[1])
-    logps = partial(token_logps, temperature=args.temperature)
+    B prompts of P tokens, padded on the left; answers of R tokens, padded on the right. Returns the
+    batch, a dictionary of tensors: x, x_mask [B, P]; y, mask, logp_old, logp_ref, values_old,
+    entropy [B, R]; score, ended [B]; and the texts of the answers."""
+    # A prompt that is too long loses its beginning.
+    room = config.max_length - config.max_new_tokens
+    prompts = [common.encode_prompt(tokenizer, row["prompt"])[-room:] for row in rows]
+    x, x_mask = common.pad(prompts, "left", model.device)  # [B, P]
 
-    def logps_and_entropy(logits, ids):  # [1, n, 2]: both from the same logits
-        return torch.stack([logps(logits, ids), token_entropy(logits, args.temperature)], -1)
+    # Sample y ~ pi_old, that is from softmax(logits / temperature) and nothing else. The sampler
+    # reports log pi_old of each token it drew, so no second pass is needed for it.
+    stop = common.stop_ids(model, tokenizer)
+    with lora.use_adapter(model, policy):
+        y, mask, logp_old, entropy = common.sample(
+            model, x, x_mask, stop, config.max_new_tokens, config.temperature, generator)
+    batch = {"x": x, "x_mask": x_mask, "y": y, "mask": mask,
+             "logp_old": logp_old, "entropy": entropy}
 
-    reference = "reference" if args.adapter else None
-    for part, b in common.micro_batches(batch, torch.arange(len(ids)), args.micro_batch_size):
+    # log pi_ref and V_old of every sampled token. There is no gradient here: micro-batches only
+    # save memory.
+    batch["logp_ref"] = batch_logps(model, reference, batch, config)
+    batch["values_old"] = torch.zeros_like(mask)
+    for index, b in common.micro_batches(batch, config.micro_batch_size):
         R = b["mask"].shape[1]
-        both, states = common.response_logps(model, "policy", b, logps_and_entropy)
-        batch["logp"][part, :R], batch["entropy"][part, :R] = both.unbind(-1)
-        batch["states_old"][part, :R] = states
-        batch["logp_ref"][part, :R], _ = common.response_logps(model, reference, b, logps)
-        values = common.response_values(model, "critic", b["ids"], b["attention"], R)
-        batch["values"][part, :R] = values * b["mask"]
-    y = ids[:, -mask.shape[1] :]
-    responses, ended = common.decode(tokenizer, y, mask), common.ended(y, mask, stop)
-    score = reward(ids, attention, [r["prompt"] for r in rows], responses, rows)
-    score = torch.where(ended, score, torch.full_like(score, args.missing_eos_score))
-    stats = {
-        "score": score.mean().item(), "score_std": score.std(unbiased=False).item(),
-        "kl": ((batch["logp"] - batch["logp_ref"]) * mask).sum(1).mean().item(),
-        "entropy": masked_mean(batch["entropy"], mask).item(),
-        "eos_rate": ended.float().mean().item(), "length": mask.sum(1).mean().item(),
-    }
-    return batch | dict(score=score, responses=responses, stats=stats)
+        batch["values_old"][index, :R] = read_values(model, critic, b) * b["mask"]
+
+    # One score per answer. An answer that was cut off before its EOS gets a fixed low score,
+    # whatever the reward makes of the fragment: stopping has to be worth learning.
+    score, responses = common.score(model, tokenizer, rows, x, x_mask, y, mask, reward)
+    batch["ended"] = common.ended(y, mask, stop)
+    if config.missing_eos_score is not None:
+        score = score.masked_fill(~batch["ended"], config.missing_eos_score)
+    batch["score"] = score
+    return batch, responses
 
 
-def policy_logits(model, b, args):
-    """Logits [rows, R, V] of the policy as it stands, divided by the temperature."""
-    with lora.use_adapter(model, "policy"):
-        states = common.response_states(model, b["ids"], b["attention"], b["mask"].shape[1])
-    return common.logits_of(model, states).float() / args.temperature
+@torch.no_grad()
+def score_old(model, batch, config, policy="policy"):
+    """Adds logits_old [B, R, V], over the temperature, and makes logp_old [B, R] the scorer's own.
+
+    D and L compare the policy with itself before the step. With the old logits from the very pass
+    that later makes the new ones, D is exactly 0 and every ratio exactly 1 at theta_old. Returns
+    the largest |log pi - log pi_old| between this pass and the sampler: rounding, or a fault."""
+    sampled, logits_old = batch["logp_old"], None
+    logp_old = torch.zeros_like(sampled)
+    for rows, b in common.micro_batches(batch, config.micro_batch_size):
+        with lora.use_adapter(model, policy):
+            logits = scaled_logits(model, b, config)  # [b, R, V]
+        # In a large vocabulary all logits together are the largest tensor of the run.
+        if logits_old is None:
+            logits_old = logits.new_zeros(*sampled.shape, logits.shape[-1])
+        R = logits.shape[1]
+        logits_old[rows, :R] = logits
+        logp_old[rows, :R] = token_logps(logits, b["y"]) * b["mask"]  # (RL.1)
+    batch["logits_old"], batch["logp_old"] = logits_old, logp_old
+    return (logp_old - sampled).abs().max().item()  # both are 0 on padding
 
 
-def gain_of(model, b, args):
-    """The surrogate (TRPO.5) of some rows, and the logits it comes from."""
-    logits = policy_logits(model, b, args)
-    logp = token_logps(logits, b["ids"][:, -logits.shape[1] :])
-    return surrogate(logp, b["logp"], b["adv"], b["mask"]), logits
+# ------------------------------------------------------------------------------ update
 
 
-def parts(batch, rows, args):
-    """Micro-batches of `rows`, each with its share of their tokens."""
-    for _, b in common.micro_batches(batch, rows, args.micro_batch_size):
-        yield b, b["mask"].sum() / batch["mask"][rows].sum()
+def scaled_logits(model, b, config):
+    """Logits [b, R, V] of the active adapter, in fp32 and divided by the temperature. Position t-1
+    predicts token t: the last logits, after the whole answer, predict nothing and are dropped."""
+    logits = common.read(model, b["x"], b["x_mask"], b["y"], b["mask"])[:, :-1]
+    return logits.float() / config.temperature
 
 
-def kl_graphs(model, batch, rows, args):
-    """D (TRPO.6) of `rows` at theta_old, where it is 0 and its Hessian is F; as micro-batches to be
-    summed. The usual attention kernels cannot be differentiated twice, MATH can."""
-    for b, share in parts(batch, rows, args):
-        with sdpa_kernel(SDPBackend.MATH):
-            logits = policy_logits(model, b, args)
-        yield share * mean_kl(logits.detach(), logits, b["mask"])
+def parts(batch, config, groups=None):
+    """Micro-batches of the batch (or of some of its rows), each with its share of their tokens."""
+    tokens = (batch["mask"] if groups is None else batch["mask"][groups]).sum()
+    for _, b in common.micro_batches(batch, config.micro_batch_size, groups):
+        yield b, b["mask"].sum() / tokens
+
+
+def surrogate_of(model, b, config):
+    """(L (TRPO.1) of a micro-batch, the logits that it comes from), by the active adapter."""
+    logits = scaled_logits(model, b, config)
+    logp = token_logps(logits, b["y"])  # (RL.1); the temperature is in the logits already
+    return surrogate(logp, b["logp_old"], b["adv"], b["mask"]), logits
 
 
 @torch.no_grad()
@@ -265,181 +401,198 @@ def move(parameters, old, step):
 
 
 @torch.no_grad()
-def gain_and_kl(model, batch, args):
-    """L (TRPO.5) and D (TRPO.6) of the policy as it stands, on the whole batch. Of theta_old the
-    rollout kept the states, which are small beside their logits."""
+def gain_and_kl(model, batch, config):
+    """L (TRPO.1) and D (TRPO.2) of the policy as it stands, on the whole batch."""
     gain = kl = 0.0
-    for b, share in parts(batch, torch.arange(len(batch["ids"])), args):
-        part_gain, logits = gain_of(model, b, args)
-        logits_old = common.logits_of(model, b["states_old"]).float() / args.temperature
+    for b, share in parts(batch, config):
+        part_gain, logits = surrogate_of(model, b, config)
         gain += (share * part_gain).item()
-        kl += (share * mean_kl(logits_old, logits, b["mask"])).item()
+        kl += (share * mean_kl(b["logits_old"], logits, b["mask"])).item()
     return gain, kl
 
 
-def natural_step(model, parameters, old, batch, args):
+def natural_step(model, parameters, old, batch, config):
     """The step along the natural gradient that should end at D = max_kl, a vector, and |g|.
-    `old`, tensors like the parameters, must hold theta_old; the policy is not moved.
 
-    s comes from F on --fisher-rows rows. A direction that changes nothing on these costs nothing in
-    their F, though it may change other rows, so s F s is measured on the whole batch: by a trial
-    step e s, where D is about 1/2 e^2 s F s. The first trial is short; the second has the length
-    that the first one found, because at delta D is no longer quite quadratic."""
-    everything = torch.arange(len(batch["ids"]))
-    for b, share in parts(batch, everything, args):
-        gain, _ = gain_of(model, b, args)
-        (gain * share).backward()
-    g = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-    for p in parameters:
-        p.grad = None
-    graphs = kl_graphs(model, batch, everything[: args.fisher_rows], args)
+    The policy's adapter must be active, `parameters` its tensors and `old` their values theta_old;
+    the policy is not moved."""
+    # The gradient g of L on the whole batch.
+    g = torch.zeros_like(flatten(old))
+    for b, share in parts(batch, config):
+        gain, _ = surrogate_of(model, b, config)
+        g += share * flatten(
+            torch.autograd.grad(gain, parameters, materialize_grads=True))
 
-    def matvec(v):
-        return sum(fisher_vector_product(kl, parameters, v, args.damping / len(slopes), slope)
-                   for kl, slope in slopes)
+    # The direction s solves (F + damping) s = g, with F from a few rows: each product with F costs
+    # a backward pass. The usual attention kernels cannot be differentiated twice, MATH can.
+    slopes, some = [], torch.arange(len(batch["x"]))[: config.fisher_rows]
+    with sdpa_kernel(SDPBackend.MATH):
+        for b, share in parts(batch, config, some):
+            logits = scaled_logits(model, b, config)
+            kl = share * mean_kl(logits.detach(), logits, b["mask"])  # (TRPO.2), 0 here
+            slopes.append((kl, kl_slope(kl, parameters)))
 
-    with sdpa_kernel(SDPBackend.MATH):  # for --grad-checkpoint, which runs layers again
-        slopes = [(kl, kl_slope(kl, parameters)) for kl in graphs]
-        s = conjugate_gradient(matvec, g, args.cg_iters)  # (TRPO.8)
-    sFs = s @ g - args.damping * s @ s  # conjugate gradient ends with s (F + damping) s = s g
-    e = step_length(sFs.item(), args.max_kl / 4)
+        def matvec(v):
+            return config.damping * v + sum(
+                fisher_vector_product(kl, parameters, v, 0.0, slope) for kl, slope in slopes)
+
+        s = conjugate_gradient(matvec, g, config.cg_iters)  # (TRPO.3), (TRPO.4)
+
+    # The length. A direction that changes nothing on the few rows costs nothing in their F, though
+    # it may change other rows. So s F s is measured on the whole batch, by a trial step e s, where
+    # D is about 1/2 e^2 s F s. The first trial is short. The second has the length that the first
+    # one found, because at delta D is no longer quite quadratic.
+    sFs = s @ g - config.damping * s @ s  # conjugate gradient ends with s (F + damping) s = s g
+    e = step_length(sFs.item(), config.max_kl / 4)
     for _ in range(2):
         move(parameters, old, e * s)
-        _, kl = gain_and_kl(model, batch, args)
-        e = step_length(2 * kl / e**2 if e else 0.0, args.max_kl)  # (TRPO.9)
+        _, kl = gain_and_kl(model, batch, config)
+        e = step_length(2 * kl / e**2 if e else 0.0, config.max_kl)  # (TRPO.5)
     move(parameters, old, torch.zeros_like(s))
     return e * s, g.norm().item()
 
 
-def line_search(model, parameters, old, step, batch, args):
-    """Moves the policy by the first of step, 0.8 step, 0.64 step ... that (TRPO.10) accepts; where
-    none is, the policy is theta_old, which `old` holds, to the bit.
+def line_search(model, parameters, old, step, batch, config):
+    """Moves the policy by the first of step, 0.8 step, 0.64 step ... that (TRPO.6) accepts; where
+    none is, the policy is theta_old, to the bit.
 
     Returns (surrogate gain, KL per token, trials that failed)."""
-    start = masked_mean(batch["adv"], batch["mask"]).item()  # L at theta_old, every ratio is 1
-    for j in range(args.backtracks):
+    # At theta_old every ratio is 1, so that L is the mean advantage.
+    start = masked_mean(batch["adv"], batch["mask"]).item()
+    for j in range(config.backtracks):
         move(parameters, old, 0.8**j * step)
-        gain, kl = gain_and_kl(model, batch, args)
-        if gain > start and kl <= 1.2 * args.max_kl:  # (TRPO.10)
+        gain, kl = gain_and_kl(model, batch, config)
+        # The quadratic model may be off: what counts is L and D as they are there.
+        if gain > start and kl <= 1.2 * config.max_kl:  # (TRPO.6)
             return gain - start, kl, j
     move(parameters, old, torch.zeros_like(step))
-    return 0.0, 0.0, args.backtracks
+    return 0.0, 0.0, config.backtracks
 
 
-def fit_critic(model, parameters, optimizer, batch, args):
-    """--ppo-epochs gradient steps on (TRPO.11); returns the loss before the first of them."""
+def fit_critic(model, optimizer, batch, config, critic="critic"):
+    """--ppo-epochs gradient steps on (TRPO.7); returns the loss before the first of them."""
     first = 0.0
-    for epoch in range(args.ppo_epochs):
-        for b, share in parts(batch, torch.arange(len(batch["ids"])), args):
-            values = common.response_values(
-                model, "critic", b["ids"], b["attention"], b["mask"].shape[1])
-            loss = share * value_loss(values, b["ret"], b["mask"])
-            loss.backward()
+    for epoch in range(config.ppo_epochs):
+        for b, share in parts(batch, config):
+            # backward() stands inside the block, so that checkpointing finds the same adapter.
+            with lora.use_adapter(model, critic):
+                values = read_values(model, critic, b)  # [b, R]
+                loss = share * value_loss(values, b["ret"], b["mask"])  # (TRPO.7)
+                loss.backward()
             first += loss.item() if epoch == 0 else 0.0
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        # One AdamW step per pass over the whole batch.
+        torch.nn.utils.clip_grad_norm_(lora.adapter_parameters(model, critic), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return first
 
 
-# ------------------------------------------------------------------------------ flags
+# ------------------------------------------------------------------------------ train
 
 
-def parse_args(argv=None):
-    p = common.flags(__doc__, steps=200, batch_size=8, lr=(2e-3, 3e-5))
-    add, whole, amount = p.add_argument, common.whole, common.amount
-    common.sampling_flags(p)
-    add("--beta", type=amount, default=0.08, help="KL weight, units of score per nat (0.08)")
-    add("--max-kl", type=amount, default=0.001, help="delta, nats per token and step (0.001)")
-    add("--cg-iters", type=whole, default=5, help="Fisher-vector products a step (5)")
-    add("--damping", type=amount, default=0.1, help="added to F (0.1)")
-    add("--fisher-rows", type=whole, default=4, help="rows of the batch that F is taken on (4)")
-    add("--backtracks", type=whole, default=10, help="trials of the line search (10)")
-    add("--ppo-epochs", type=whole, default=2, help="passes of the critic over a batch (2)")
-    add("--gamma", type=common.share, default=1.0, help="discount (1)")
-    add("--lam", type=common.share, default=0.95, help="lambda of GAE (0.95)")
-    args = p.parse_args(argv)
-    common.defaults(args, adapter="sft", data="prompts.jsonl")
-    if not args.reward:
-        common.fail("--reward is needed: a folder, a hub id, or file.py:function")
-    if args.damping == 0 or args.max_kl == 0:
-        common.fail("--damping and --max-kl must be above 0: F is singular, and a step has a size")
-    return args
+def check_precision(model, config):
+    """Raises ValueError where bf16, which rounds D by about 1e-4, is too coarse for max_kl."""
+    if model.dtype == torch.bfloat16 and config.max_kl < 1e-3:
+        raise ValueError(f"--max-kl {config.max_kl:g} is too small for bf16, which rounds the KL "
+                         "by about 1e-4; use --dtype fp32, or 1e-3 and more")
 
 
-# ------------------------------------------------------------------------------ main loop
+def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None):
+    """TRPO on the adapter "policy" of `model`. Returns a list of dictionaries, one per step.
+
+    rows: dictionaries with "prompt", a string or a list of messages, and whatever else the reward
+    wants. reward: a function (prompts, responses, rows) -> one float per answer, or the name of an
+    adapter with a head on `model`. log(row, samples, state) is called once per step; `state` is all
+    that going on needs beside the adapters, and train(state=...) goes on from it."""
+    check_precision(model, config)
+    make_models(model, reward, config)
+    policy, critic = (lora.adapter_parameters(model, name) for name in ("policy", "critic"))
+    optimizer = torch.optim.AdamW(critic, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(config.seed)  # of sampling
+    history, first = [], state["step"] if state else 0
+    # All else that a run needs to go on is in `state`; where it is in the data, the step says.
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+
+    bar = tqdm(range(first, config.steps), desc="trpo", disable=None)
+    for step in bar:
+        clock = time.time()
+
+        # 1. Act: answer a batch of prompts, and score the answers.
+        index = common.batch_rows(step, len(rows), config.batch_size, config.seed)
+        drawn = [rows[i] for i in index]
+        batch, responses = rollout(model, tokenizer, drawn, reward, config, generator)
+
+        # 2. Credit: from one score per answer to one advantage per token.
+        mask, values_old = batch["mask"], batch["values_old"]
+        rewards = kl_shaped_rewards(
+            batch["score"], batch["logp_old"], batch["logp_ref"], mask, config.beta)  # (RL.2)
+        adv, ret = gae(rewards, values_old, mask, config.gamma, config.lam)  # (RL.3) to (RL.5)
+        batch["adv"] = whiten(adv, mask)  # (RL.6)
+        batch["ret"] = ret  # not whitened: the critic learns in units of the score
+
+        # 3. The policy: natural gradient, then a step inside the trust region.
+        row = {"step": step, **rollout_stats(batch)}
+        row["log_ratio_max"] = score_old(model, batch, config)
+        old = [p.detach().clone() for p in policy]
+        with lora.use_adapter(model, "policy"):
+            full, norm = natural_step(model, policy, old, batch, config)
+            gain, kl, backtracks = line_search(model, policy, old, full, batch, config)
+
+        # 4. The critic: gradient descent.
+        lr = common.learning_rate(step, config.steps, config.lr)
+        optimizer.param_groups[0]["lr"] = lr
+        row["value_loss"] = fit_critic(model, optimizer, batch, config)
+
+        # 5. Measure.
+        row.update(loss=-gain, surrogate_gain=gain, grad_norm=norm, lr=lr, kl_step=kl,
+                   kl_step_response=kl * row["length"], backtracks=backtracks)
+        _, to_go = gae(rewards, values_old, mask, config.gamma, 1.0)
+        row["explained_variance"] = explained_variance(values_old, to_go, mask)
+        row["seconds"] = time.time() - clock
+        history.append(row)
+        bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})
+        if log:
+            state = {"step": step + 1, "optimizer": optimizer.state_dict(),
+                     "generator": generator.get_state()}
+            log(row, samples(drawn, responses, batch["score"]), state)
+    return history
+
+
+def samples(rows, responses, score):
+    """[{prompt, response, score}] of B answers."""
+    return [{"prompt": row["prompt"], "response": response, "score": number}
+            for row, response, number in zip(rows, responses, score.tolist())]
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def evaluate(model, tokenizer, rows, reward, config):
+    """(statistics, samples) of one answer to each held-out prompt, with the same random numbers
+    before and after training."""
+    generator = torch.Generator().manual_seed(config.seed)
+    batch, responses = rollout(model, tokenizer, rows, reward, config, generator)
+    return rollout_stats(batch), samples(rows, responses, batch["score"])
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    out = common.free_folder(args, "trpo")
-    common.seed_everything(args.seed)
-    train, test = common.load_data(args.data, ["prompt"])
-    test = common.take(test, args.eval_size)
-    model, tokenizer = common.load_model(args)
-    common.check_prompts(tokenizer, [*train, *test], args.max_length - args.max_new_tokens)
-    common.start_adapter(model, "policy", args)
-    if args.adapter:
-        lora.copy_adapter(model, "policy", "reference")
-    reward = common.load_reward(args.reward, model, tokenizer, args)
-    if "reward" in getattr(model, "heads", {}):
-        lora.copy_adapter(model, "reward", "critic", trainable=True)
-    else:  # no reward model on this base: the policy's features and a head that says 0
-        lora.copy_adapter(model, "policy", "critic", trainable=True)
-        lora.add_head(model, "critic").weight.data.zero_()
+    """Reads the flags, loads, trains, prints. Only this needs `cli`: a copied file needs it not."""
+    from cli import data, flags, models, rewards, runs
 
-    def evaluate():
-        generator = torch.Generator(model.device).manual_seed(args.seed)
-        return rollout(model, tokenizer, test, reward, generator, args)
-
-    before = evaluate()
-    out = common.start_run(out, args)
-    common.save_samples(out, 0, test, before["responses"], before["score"].tolist())
-    parameters, critic = (lora.adapter_parameters(model, name) for name in ("policy", "critic"))
-    optimizer = torch.optim.AdamW(critic, lr=args.lr, eps=1e-5, weight_decay=0.0)
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    order = common.batches(len(train), args.batch_size, args.seed)
-    bar = tqdm(range(args.steps), desc="trpo")
-    for step in bar:
-        clock = time.time()
-        # 1. y ~ pi_old, its score, and the log-probabilities of policy and reference
-        rows = [train[i] for i in next(order)]
-        batch = rollout(model, tokenizer, rows, reward, generator, args)
-        mask, values = batch["mask"], batch["values"]
-        # 2. rewards with the KL inside, advantages, returns
-        rewards = kl_shaped_rewards(
-            batch["score"], batch["logp"], batch["logp_ref"], mask, args.beta)
-        adv, ret = gae(rewards, values, mask, args.gamma, args.lam)
-        batch |= {"adv": whiten(adv, mask), "ret": ret}
-        # 3. the policy: natural gradient, then a step inside the trust region
-        old = [p.detach().clone() for p in parameters]
-        full, norm = natural_step(model, parameters, old, batch, args)
-        gain, kl, backtracks = line_search(model, parameters, old, full, batch, args)
-        # 4. the critic: gradient descent
-        lr = common.learning_rate(step, args.steps, args.lr)
-        optimizer.param_groups[0]["lr"] = lr
-        critic_loss = fit_critic(model, critic, optimizer, batch, args)
-        # 5. measure
-        if step == 0:
-            tqdm.write(f"step 0: moved {kl:.1e} nats a token ({args.max_kl:g} allowed), "
-                       f"{kl * batch['stats']['length']:.3f} an answer, {backtracks} trials failed")
-        row = {"step": step, "seconds": time.time() - clock, "loss": -gain, "grad_norm": norm}
-        row |= batch["stats"] | {"lr": lr, "surrogate_gain": gain, "kl_step": kl}
-        row |= {"kl_step_response": kl * batch["stats"]["length"], "backtracks": backtracks}
-        row |= {"value_loss": critic_loss}
-        row["explained_variance"] = explained_variance(values, ret, mask)
-        common.append(out / "metrics.jsonl", row)
-        common.save_samples(out, step, rows[:1], batch["responses"], batch["score"].tolist())
-        bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})
-        if args.save_every and (step + 1) % args.save_every == 0:
-            lora.save_adapter(model, "policy", out / f"step-{step + 1}")
-
-    lora.save_adapter(model, "policy", out)
-    after = evaluate()
-    common.save_samples(out, args.steps, test, after["responses"], after["score"].tolist())
-    common.print_samples(test, before["responses"], after["responses"])
-    common.print_table(f"{len(test)} held-out prompts", before["stats"], after["stats"])
-    common.finish(out, args)
+    with flags.errors():
+        args, config = flags.read("trpo", __doc__, Config, TINY, argv, reward="needed",
+                                  dtype="fp32")
+        rows, test = data.load(args, ["prompt"])
+        model, tokenizer, config = models.load(args, config, "policy", [*rows, *test])
+        reward = rewards.load(args, model, config.max_length)
+        make_models(model, reward, config)
+        before = evaluate(model, tokenizer, test, reward, config)
+        log = runs.start(args, config, model, "policy", before)
+        train(model, tokenizer, rows, reward, config, log)
+        after = evaluate(model, tokenizer, test, reward, config)
+        runs.finish(args, config, model, "policy", before, after)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""Flags from a script's Config, and errors in one line."""
+
+import argparse
+import contextlib
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType
+from typing import Literal, get_args, get_origin
+
+import datasets
+import transformers
+from jinja2 import TemplateError
+
+import common
+
+DATA = {"sft": "demonstrations.jsonl", "reward_model": "preferences.jsonl",
+        "dpo": "preferences.jsonl"}  # with --model tiny; all others: prompts.jsonl
+
+# ------------------------------------------------------------------------------ errors
+
+
+def fail(message):
+    """Ends the program with one line on stderr and exit code 2."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def errors():
+    """Turns what a script, common or lora refuses into one line that begins with `error:`."""
+    try:
+        yield
+    except TemplateError as problem:
+        fail(f"the model's chat template refuses a prompt ({problem}); take such rows out of "
+             "--data")
+    except (ValueError, OSError) as problem:
+        fail(problem)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # below the progress bar
+        fail("interrupted; what a run had written stays (adapters: --save-every, or at the end)")
+
+
+# ------------------------------------------------------------------------------ types
+
+
+def whole(text):
+    """argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+def amount(text):
+    """argparse type: a finite number of at least 0."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+    return float(text)
+
+
+def share(text):
+    """argparse type: a number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def finite(text):
+    """argparse type: a number that is not nan and not infinite."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return float(text)
+
+
+def seed(text):
+    """argparse type: an integer that numpy takes as a seed."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**32 - 1")
+    return int(text)
+
+
+def or_none(kind):
+    """argparse type: what `kind` takes, or the word none."""
+    def parse(text):
+        return None if text == "none" else kind(text)
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+SPECIAL = {"seed": seed, "missing_eos_score": finite,
+           "warmup": share, "gamma": share, "lam": share}
+KINDS = {int: whole, float: amount, str: str}
+
+# ------------------------------------------------------------------------------ flags
+
+
+def quiet():
+    """Keeps transformers and datasets from printing bars and warnings between our lines."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def parser(doc, prog=None):
+    """A parser whose help is `doc` as it is written, and whose errors end in one line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=raw, allow_abbrev=False)
+    p.error = lambda message: fail(f"{message}; {p.prog} --help lists the flags")
+    return p
+
+
+def model_flags(p, dtype="auto"):
+    """Adds the flags that say which model to load, and how."""
+    add = p.add_argument
+    add("--model", default="tiny", help="tiny, Hugging Face id, folder or file.gguf (tiny)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    auto = "bf16 on cuda, else fp32" if dtype == "auto" else dtype
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=f"auto: {auto}")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def config_flags(p, Config, tiny):
+    """Adds a flag for every field of Config. Its help is the comment beside the field."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for field in fields(Config):
+        kinds = [kind for kind in get_args(field.type) or (field.type,) if kind is not NoneType]
+        default = "none" if field.default is None else f"{field.default:g}" if isinstance(
+            field.default, float) else field.default
+        if field.name in tiny:
+            default = f"{default}; tiny: {tiny[field.name]:g}"
+        options = {"default": argparse.SUPPRESS, "help": f"{comments[field.name]} ({default})"}
+        if get_origin(field.type) is Literal:
+            options["choices"] = kinds
+        else:
+            kind = SPECIAL.get(field.name, KINDS[kinds[0]])
+            options["type"] = or_none(kind) if NoneType in get_args(field.type) else kind
+        options["help"] = options["help"].replace("%", "%%")
+        p.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
+    """(args, config): what only the command line needs to know, and the script's own Config.
+
+    reward: "needed", "optional" or None, where a script takes no --reward. dtype: what --dtype auto
+    is. Raises ValueError for flags that do not go together."""
+    quiet()
+    p = parser(doc)
+    add = p.add_argument
+    model_flags(p, dtype)
+    start = "none" if name == "sft" else "tiny: tiny/sft"
+    add("--adapter", help=f"folder of the LoRA to start from, or none ({start})")
+    add("--data", help="hub id[:split], .jsonl, .json, .csv, .parquet or folder (tiny: tiny/)")
+    if reward:
+        add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
+    add("--out", help=f"folder of the run (runs/{name}, or the next free runs/{name}-2 ...)")
+    add("--eval-size", type=whole, default=128, help="held-out rows to measure on (128)")
+    add("--save-every", type=whole, help="steps between saved adapters (only at the end)")
+    add("--grad-checkpoint", action="store_true", help="less memory, a third more time")
+    add("--plot", action="store_true", help="draw curves.png from metrics.jsonl (matplotlib)")
+    config_flags(p, Config, tiny)
+    given = vars(p.parse_args(argv))
+
+    numbers = {f.name: given.pop(f.name) for f in fields(Config) if f.name in given}
+    args, is_tiny = argparse.Namespace(name=name, **given), given["model"] == "tiny"
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    if args.dtype == "auto":
+        args.dtype = dtype
+    settle_defaults(args, is_tiny, needs_reward=reward == "needed")
+    for field in ("lora_rank", "lora_alpha", "lora_targets"):
+        if args.adapter and field in numbers:
+            raise ValueError(f"--{field.replace('_', '-')} is for a new adapter, and "
+                             f"{args.adapter} has its own; --adapter none starts a new one")
+    return args, Config(**{**(tiny if is_tiny else {}), **numbers})
+
+
+def settle_defaults(args, is_tiny, needs_reward):
+    """Fills in --adapter, --data and --reward: with --model tiny the shipped ones, else none."""
+    if args.adapter is None and is_tiny and args.name != "sft":
+        args.adapter = str(common.TINY / "sft")
+    if args.adapter == "none":
+        args.adapter = None
+    if args.data is None and not is_tiny:
+        raise ValueError(f"--model {args.model} needs --data: a hub id, a file or a folder")
+    args.data = args.data or str(common.TINY / DATA.get(args.name, "prompts.jsonl"))
+    if hasattr(args, "reward") and args.reward is None and is_tiny:
+        args.reward = str(common.TINY / "reward_model")
+    if needs_reward and not args.reward:
+        raise ValueError("--reward is needed: a folder, a hub id, or file.py:function")
+    out = Path(args.out or "")
+    if args.out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} exists; nothing is overwritten: name a new folder")

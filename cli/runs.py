@@ -1,0 +1,147 @@
+"""The folder of a run, what is written to it, and the tables that are printed."""
+
+import itertools
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import common
+import lora
+
+
+def start(args, config, model, name, before):
+    """Makes the folder of the run, and returns the `log` that `train` calls once per step.
+
+    before: (statistics, samples) of the model before training. The folder is --out, or the next
+    free runs/<script>; it gets config.json, all flags and versions, and samples.jsonl."""
+    args.out = make_folder(args)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+                "transformers": transformers.__version__}
+    flags = {**vars(args), **asdict(config), **versions, "out": str(args.out)}
+    (args.out / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
+    save_samples(args, 0, before[1])
+    said = {"even": False}
+
+    def log(row, samples, state):
+        append(args.out / "metrics.jsonl", row)
+        save_samples(args, row["step"], samples[:1])
+        if row["step"] == 0:
+            for line in step_0(row, config):
+                tqdm.write(line)
+        # Without a difference between scores nothing can be learnt, and nothing else would say so.
+        even = row.get("score_std") == 0
+        if even and not said["even"]:
+            tqdm.write(f"step {row['step']}: all {config.batch_size} answers have the score "
+                       f"{row['score']:g}; a batch without differences teaches nothing")
+        said["even"] = even
+        if args.save_every and (row["step"] + 1) % args.save_every == 0:
+            lora.save_adapter(model, name, args.out / f"step-{row['step'] + 1}")
+
+    return log
+
+
+def make_folder(args):
+    """Makes the folder of the run: --out, or the next free runs/<script>."""
+    try:
+        if args.out:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            return Path(args.out)
+        for i in itertools.count(1):
+            folder = Path("runs") / (args.name + (f"-{i}" if i > 1 else ""))
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                return folder
+    except OSError as problem:
+        raise ValueError(f"cannot make --out {args.out or folder}: {problem.strerror}") from problem
+
+
+def step_0(row, config):
+    """What to look at before the first update: does the scorer agree with the sampler?"""
+    if "log_ratio_max" in row:
+        yield (f"step 0, before any update: |log pi - log pi_old| is at most "
+               f"{row['log_ratio_max']:.1e}; surprise {row['surprise']:.3f} of the sampled tokens, "
+               f"entropy {row['entropy']:.3f} (z {row['surprise_z']:.1f})")
+    if row.get("eos_rate") == 0:
+        yield "step 0: no answer ended by itself; raise --max-new-tokens, or run sft.py first"
+    if "zero_std_groups" in row:
+        why = ""
+        if config.loss in ("grpo", "gspo") and config.minibatches == 1:  # (GRPO.5), whole groups
+            why = "advantages sum to 0 in a group, their gradients do not; "
+        yield (f"loss {row['loss']:.1e}, grad norm {row['grad_norm']:.2f}: {why}watch score, not "
+               "loss")
+    if "kl_step" in row:
+        yield (f"step 0: moved {row['kl_step']:.1e} nats per token ({config.max_kl:g} allowed), "
+               f"{row['kl_step_response']:.3f} per answer, {row['backtracks']} trials failed")
+    if "logp_chosen" in row:
+        yield (f"step 0, before any update: loss {row['loss']:.4f} "
+               f"(sigmoid: ln 2 = {math.log(2):.4f})")
+
+
+def finish(args, config, model, name, before, after):
+    """Saves the adapter, the samples after training and the curves; prints samples and table."""
+    lora.save_adapter(model, name, args.out)
+    save_samples(args, config.steps, after[1])
+    for old, new in list(zip(before[1], after[1]))[:4]:
+        if "response" in old:
+            prompt = common.prompt_text(old["prompt"])
+            print(f"\n> {prompt}\n  before   {old['response']}\n  after    {new['response']}")
+    print(f"\n{f'{len(after[1])} held-out rows':28} {'before':>10} {'after':>10}")
+    for key in before[0]:
+        print(f"{key:28} {before[0][key]:10.3f} {after[0][key]:10.3f}")
+    if args.plot:
+        plot_curves(args.out)
+    print(f"\nsaved {args.out}")
+
+
+def append(path, row):
+    """Adds one JSON object to a .jsonl file, its numbers to six digits."""
+    row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def save_samples(args, step, samples):
+    """Adds samples to samples.jsonl; step counts the updates made before."""
+    for sample in samples:
+        append(args.out / "samples.jsonl", {"step": step, **sample})
+
+
+def print_ceiling(rows, accuracy):
+    """Prints how often always guessing the likelier answer agrees with a fresh label, where the
+    data rows state how sure the labeller was: no judge does better."""
+    sure = [row["p_chosen"] for row in rows if isinstance(row.get("p_chosen"), (int, float))]
+    if len(sure) == len(rows):
+        ceiling = sum(max(p, 1 - p) for p in sure) / len(sure)
+        print(f"the best possible judge has an accuracy of {ceiling:.3f}, of which "
+              f"{accuracy / ceiling:.1%} are reached")
+
+
+def print_calibration(table):
+    """Prints rows (from, to, pairs, probability claimed, share right), reward_model.calibration."""
+    print(f"\n{'|r_w - r_l|':>14} {'pairs':>6} {'claimed':>8} {'right':>6}")
+    for low, high, n, claimed, right in table:
+        print(f"{low:6.1f} to {high:4.1f} {n:6} {claimed:8.1%} {right:6.1%}")
+
+
+def plot_curves(out):
+    """Draws the numbers that each row of metrics.jsonl has, against the steps: curves.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    keys = [key for key in rows[len(rows) // 2] if key not in ("step", "seconds")]
+    figure, panels = plt.subplots(-(-len(keys) // 3), 3, figsize=(12, 2 * -(-len(keys) // 3)))
+    for panel in panels.flat[len(keys):]:
+        panel.axis("off")
+    for key, panel in zip(keys, panels.flat):
+        panel.plot([row["step"] for row in rows], [row[key] for row in rows], lw=1)
+        panel.set_title(key, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=100)
