@@ -35,25 +35,24 @@ def load_pretrained(auto, name, **more):
 
 
 def load_model(name="tiny", device="auto", dtype="auto", trust_remote_code=False):
-    """(model, tokenizer) of "tiny", a Hugging Face id, a folder, or a .gguf file.
+    """(model, tokenizer) of "tiny", a Hugging Face id, a folder, or a .gguf file, or a ValueError.
 
-    device: auto, cpu, cuda or mps; dtype: auto (bf16 on cuda), fp32 or bf16. From safetensors only:
-    nothing is unpickled. Every dropout rate is set to 0: two log-probabilities of the same token
-    must not differ by a dice roll. Raises ValueError if there is no such model or device."""
+    device: auto, cpu, cuda, mps; dtype: auto (bf16 on cuda), fp32, bf16. Nothing is unpickled. All
+    dropout rates become 0: two log-probabilities of a token must not differ by a dice roll."""
     gpu = torch.accelerator.current_accelerator(check_available=True)
     device = (gpu.type if gpu else "cpu") if device == "auto" else device
     if device not in ("cpu", gpu and gpu.type):
         raise ValueError(f"the device {device} is not available here; use cpu")
     bf16 = dtype == "bf16" or (dtype == "auto" and device == "cuda")
-    trust = {"trust_remote_code": trust_remote_code}
-    tokenizer = load_pretrained(AutoTokenizer, name, **trust)
+    more = {"trust_remote_code": trust_remote_code}
+    tokenizer = load_pretrained(AutoTokenizer, name, **more)
     if end_of_turn(tokenizer) is None:
         raise ValueError(f"the tokenizer of {name} has no EOS token: no answer could end")
     if str(name).endswith(".gguf"):  # unpacked to plain linear layers, which can take an adapter
-        trust["quantization_config"] = GgufConfig(dequantize=True)
-    model, info = load_pretrained(
-        AutoModelForCausalLM, name, dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_safetensors=True, output_loading_info=True, **trust)
+        more["quantization_config"] = GgufConfig(dequantize=True)
+    more["dtype"] = torch.bfloat16 if bf16 else torch.float32
+    model, info = load_pretrained(AutoModelForCausalLM, name, use_safetensors=True,
+                                  output_loading_info=True, **more)
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
         raise ValueError(f"{name} lacks the weight {min(info['missing_keys'])}")
     model.name_or_path = "tiny/model" if name == "tiny" else str(name)
@@ -104,23 +103,24 @@ def encode_prompt(tokenizer, prompt):
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
 
 
-def encode_response(tokenizer, response):
+def encode_response(tokenizer, response, end=None):
     """Token ids of an answer and its end of turn. A text that spells a special token, such as
     "</s>", stays text: as a token it would end the answer before its end."""
+    end = end_of_turn(tokenizer) if end is None else end
     # Without a template it is encoded after "Assistant:": alone it would get a space too many.
     before, space = ("", "") if tokenizer.chat_template else ("Assistant:", " ")
     plain = {"add_special_tokens": False, "split_special_tokens": True}
     ids = tokenizer(before + space + response, **plain).input_ids
-    return ids[len(tokenizer(before, **plain).input_ids):] + [end_of_turn(tokenizer)]
+    return ids[len(tokenizer(before, **plain).input_ids):] + [end]
 
 
 def encode(tokenizer, rows, answers, max_length):
     """[(row, prompt ids, [ids of row[key] for each key in answers])]. A long prompt loses its
     beginning. A cut answer would teach to stop in mid-sentence: its row is left out instead."""
-    found = []
+    found, end = [], end_of_turn(tokenizer)
     for row in rows:
         x = encode_prompt(tokenizer, row["prompt"])
-        ys = [encode_response(tokenizer, row[key]) for key in answers]
+        ys = [encode_response(tokenizer, row[key], end) for key in answers]
         room = max_length - max(map(len, ys))
         if room > 0:
             found.append((row, x[-room:], ys))

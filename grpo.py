@@ -183,7 +183,7 @@ def rollout_stats(batch):
     [B, R]. kl is in nats per answer (k1), entropy and surprise -log pi_old in nats per token.
 
     A token drawn from the full distribution has the entropy as its mean surprise. surprise_z counts
-    the standard errors between the two: a sampler that truncates (top-p, top-k) is far below 0."""
+    the standard errors between the two: below about -4, something truncates (top-p, top-k)."""
     logp, mask = batch["logp_old"], batch["mask"]
     excess = (-logp - batch["entropy"]) * mask  # mean 0 for every token, whatever came before
     stats = {

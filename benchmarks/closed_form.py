@@ -7,7 +7,7 @@ and reward are random. What the four algorithms are after is known in full:
     pi* = argmax E[r(y)] - beta KL(pi || pi_ref) = pi_ref(y) exp(r(y) / beta) / Z
 
 Every update is made of the public functions of ppo.py, trpo.py, grpo.py and dpo.py, in the order of
-their main loops. With `draw` None a batch is every response, weighted by its probability: an exact
+their train(). With `draw` None a batch is every response, weighted by its probability: an exact
 expectation. Otherwise it is that many samples of the policy (dpo: that many labelled pairs).
 
 With the KL in the reward, and with dpo, learning ends at pi*. With a KL estimated token by token in

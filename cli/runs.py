@@ -87,13 +87,14 @@ def finish(args, config, model, name, before, after):
     """Saves the adapter, the samples after training and the curves; prints samples and table."""
     lora.save_adapter(model, name, args.out)
     save_samples(args, config.steps, after[1])
-    for old, new in list(zip(before[1], after[1]))[:4]:
-        if "response" in old:
-            prompt = common.prompt_text(old["prompt"])
-            print(f"\n> {prompt}\n  before   {old['response']}\n  after    {new['response']}")
+    for first, last in list(zip(before[1], after[1]))[:4]:
+        if "response" in first:
+            print(f"\n> {common.prompt_text(first['prompt'])}\n  before   {first['response']}\n"
+                  f"  after    {last['response']}")
     print(f"\n{f'{len(after[1])} held-out rows':28} {'before':>10} {'after':>10}")
     for key in before[0]:
-        print(f"{key:28} {before[0][key]:10.3f} {after[0][key]:10.3f}")
+        old, new = (round(stats[key], 3) + 0.0 for stats in (before[0], after[0]))  # no -0.000
+        print(f"{key:28} {old:10.3f} {new:10.3f}")
     if args.plot:
         plot_curves(args.out)
     print(f"\nsaved {args.out}")

@@ -16,7 +16,6 @@ import math
 import re
 import statistics
 import sys
-import tempfile
 import textwrap
 from pathlib import Path
 
@@ -40,6 +39,7 @@ import grpo  # noqa: E402
 import lora  # noqa: E402
 import ppo  # noqa: E402
 import trpo  # noqa: E402
+from cli import data, flags  # noqa: E402
 from tiny import world  # noqa: E402
 
 GROUP_PROMPT = "Could you explain bees in simple words?"  # held out: no stage trained on it
@@ -55,31 +55,37 @@ def rounded(x, digits=4):
     return [rounded(v, digits) for v in x] if isinstance(x, list) else float(f"{x:.{digits}g}")
 
 
-def start(script, *flags):
-    """(args, model, tokenizer, reward) as the main loop of ppo, trpo or grpo has them at step 0."""
-    args = script.parse_args(list(flags))
-    common.seed_everything(args.seed)
-    model, tokenizer = common.load_model(args)
-    common.start_adapter(model, "policy", args)
-    lora.copy_adapter(model, "policy", "reference")
-    reward = common.load_reward(args.reward, model, tokenizer, args)
-    lora.copy_adapter(model, "reward", "critic", trainable=True)
-    return args, model, tokenizer, reward
+def start(script, **numbers):
+    """(config, model, tokenizer) as ppo.py, trpo.py or grpo.py has them at step 0, with the shipped
+    SFT and reward models and all flags at their defaults but `numbers`."""
+    config = script.Config(**{**script.TINY, **numbers})
+    model, tokenizer = common.load_model()
+    lora.load_adapter(model, "policy", common.TINY / "sft", trainable=True)
+    lora.load_adapter(model, "reward", common.TINY / "reward_model")
+    script.make_models(model, "reward", config)
+    return config, model, tokenizer
 
 
-def collect(script, rows, model, tokenizer, reward, generator, args):
+def collect(script, rows, model, tokenizer, generator, config):
     """A rollout batch with its rewards, and the advantages and returns that the update takes."""
-    batch = script.rollout(model, tokenizer, rows, reward, generator, args)
+    batch, _ = script.rollout(model, tokenizer, rows, "reward", config, generator)
     mask = batch["mask"]
-    rewards = script.kl_shaped_rewards(
-        batch["score"], batch["logp"], batch["logp_ref"], mask, args.beta)
-    adv, ret = script.gae(rewards, batch["values"], mask, args.gamma, args.lam)
-    return batch | {"rewards": rewards, "adv": script.whiten(adv, mask), "ret": ret}
+    batch["rewards"] = script.kl_shaped_rewards(
+        batch["score"], batch["logp_old"], batch["logp_ref"], mask, config.beta)
+    adv, batch["ret"] = script.gae(
+        batch["rewards"], batch["values_old"], mask, config.gamma, config.lam)
+    batch["adv"] = script.whiten(adv, mask)
+    return batch
+
+
+def prompts():
+    """(rows to train on, held-out rows) of tiny/prompts.jsonl."""
+    return data.load_data(str(common.TINY / "prompts.jsonl"), ["prompt"])
 
 
 def record_models():
     """How many numbers the base, an adapter and a head have."""
-    _, model, _, _ = start(ppo)
+    _, model, _ = start(ppo)
     sizes = {name: sum(p.numel() for p in lora.adapter_parameters(model, name))
              for name in ("policy", "critic")}
     base = sum(p.numel() for name, p in model.named_parameters()
@@ -105,56 +111,60 @@ def record_credit(steps=40, draws=96):
     """GAE along an answer of the SFT model, with a critic that `steps` batches have trained: of
     `draws` answers to held-out prompts, those of 30 to 60 tokens that stop, the one in which both
     the most praised and the most blamed token of lambda 1 are far from 0."""
-    args, model, tokenizer, reward = start(ppo)
-    train, test = common.load_data(args.data, ["prompt"])
+    config, model, tokenizer = start(ppo)
+    train, test = prompts()
     critic = lora.adapter_parameters(model, "critic")
-    optimizer = torch.optim.AdamW(critic, lr=args.lr, eps=1e-5, weight_decay=0.0)
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    order, explained = common.batches(len(train), args.batch_size, args.seed), []
+    optimizer = torch.optim.AdamW(critic, weight_decay=0.0)  # so the policy does not move
+    generator, explained = torch.Generator().manual_seed(config.seed), []
     for step in range(steps):
-        rows = [train[i] for i in next(order)]
-        batch = collect(ppo, rows, model, tokenizer, reward, generator, args)
-        explained.append(ppo.explained_variance(batch["values"], batch["ret"], batch["mask"]))
-        optimizer.param_groups[0]["lr"] = common.learning_rate(
-            step, steps, args.lr, args.warmup)
-        ppo.update(model, critic, optimizer, batch, args)  # the optimizer holds the critic only
-    rows = common.take(test, draws)
-    batch = collect(ppo, rows, model, tokenizer, reward, generator, args)
-    rewards, values, mask = batch["rewards"], batch["values"], batch["mask"]
-    adv = {lam: ppo.gae(rewards, values, mask, args.gamma, lam)[0] for lam in LAMBDAS}
-    short = [i for i in range(draws) if 30 <= mask[i].sum() <= 60 and batch["score"][i] > -3]
+        index = common.batch_rows(step, len(train), config.batch_size, config.seed)
+        batch = collect(ppo, [train[i] for i in index], model, tokenizer, generator, config)
+        values, mask = batch["values_old"], batch["mask"]
+        _, to_go = ppo.gae(batch["rewards"], values, mask, config.gamma, 1.0)
+        explained.append(ppo.explained_variance(values, to_go, mask))
+        optimizer.param_groups[0]["lr"] = common.learning_rate(step, steps, config.lr)
+        ppo.update(model, optimizer, batch, config, generator)
+    rows = data.take(test, draws)
+    batch = collect(ppo, rows, model, tokenizer, generator, config)
+    rewards, values, mask = batch["rewards"], batch["values_old"], batch["mask"]
+    adv = {lam: ppo.gae(rewards, values, mask, config.gamma, lam)[0] for lam in LAMBDAS}
+    short = [i for i in range(len(rows)) if 30 <= mask[i].sum() <= 60 and batch["ended"][i]]
     pick = max(short, key=lambda i: min(adv[1.0][i].max(), -adv[1.0][i].min()).item())
     n = int(mask[pick].sum())
-    ids = batch["ids"][pick, -mask.shape[1] :][:n].tolist()
     return {"prompt": rows[pick]["prompt"], "critic_steps": steps, "draws": draws,
             "explained_variance": rounded(statistics.mean(explained[-10:])),
-            "tokens": [tokenizer.decode([i]) for i in ids],
+            "tokens": [tokenizer.decode([i]) for i in batch["y"][pick, :n].tolist()],
             "score": rounded(batch["score"][pick].item()), "values": rounded(values[pick, :n]),
             "advantages": {str(lam): rounded(adv[lam][pick, :n]) for lam in LAMBDAS}}
 
 
-def record_trust_region(around=48, side=9):
+def record_trust_region(around=48, side=9, answers=8):
     """trpo.py's first step and the step along the plain gradient, both to the KL --max-kl; and on
     the plane through theta_old that holds both, where the KL is that and a quarter of it, and the
-    surrogate: all by evaluation."""
-    args, model, tokenizer, reward = start(trpo, "--batch-size", "8", "--fisher-rows", "8")
-    train, _ = common.load_data(args.data, ["prompt"])
-    rows = [train[i] for i in next(common.batches(len(train), args.batch_size, args.seed))]
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    batch = collect(trpo, rows, model, tokenizer, reward, generator, args)
+    surrogate: all by evaluation. F is taken on all answers of the batch."""
+    config, model, tokenizer = start(trpo, batch_size=answers, fisher_rows=answers)
+    train, _ = prompts()
+    rows = [train[i] for i in common.batch_rows(0, len(train), answers, config.seed)]
+    generator = torch.Generator().manual_seed(config.seed)
+    batch = collect(trpo, rows, model, tokenizer, generator, config)
+    trpo.score_old(model, batch, config)
     parameters = lora.adapter_parameters(model, "policy")
     old = [p.detach().clone() for p in parameters]
-    gain, _ = trpo.gain_of(model, batch, args)
-    g = trpo.flatten(torch.autograd.grad(gain, parameters))
-    natural, _ = trpo.natural_step(model, parameters, old, batch, args)
+    with lora.use_adapter(model, "policy"):
+        g = torch.zeros_like(trpo.flatten(old))
+        for b, share in trpo.parts(batch, config):
+            gain, _ = trpo.surrogate_of(model, b, config)
+            g += share * trpo.flatten(torch.autograd.grad(gain, parameters))
+        natural, _ = trpo.natural_step(model, parameters, old, batch, config)
     along, size = g / g.norm(), natural.norm().item()
     across = natural - natural @ along * along
-    across, delta = across / across.norm(), args.max_kl
-    before = ppo.masked_mean(batch["adv"], batch["mask"]).item()
+    across, delta = across / across.norm(), config.max_kl
+    before = trpo.masked_mean(batch["adv"], batch["mask"]).item()
 
     def measure(x, y):
         trpo.move(parameters, old, x * along + y * across)
-        gain, kl = trpo.gain_and_kl(model, batch, args)
+        with lora.use_adapter(model, "policy"):
+            gain, kl = trpo.gain_and_kl(model, batch, config)
         return gain - before, kl
 
     def to_kl(x, y, kl, tries=3):
@@ -185,34 +195,34 @@ def record_trust_region(around=48, side=9):
 
 def record_group():
     """A group of answers of the SFT model to a prompt, their scores and advantages."""
-    args, model, tokenizer, reward = start(grpo)
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    rows = [{"prompt": GROUP_PROMPT}]
-    batch = grpo.rollout(model, tokenizer, rows, args.group_size, reward, generator, args)
+    config, model, tokenizer = start(grpo)
+    generator, rows = torch.Generator().manual_seed(config.seed), [{"prompt": GROUP_PROMPT}]
+    batch, answers = grpo.rollout(
+        model, tokenizer, rows, "reward", config, generator, config.group_size)
     advantages = grpo.group_advantages(batch["score"].view(1, -1))[0]
-    return {"prompt": GROUP_PROMPT, "answers": batch["responses"],
+    return {"prompt": GROUP_PROMPT, "answers": answers,
             "scores": rounded(batch["score"], 5), "advantages": rounded(advantages, 5)}
 
 
-def record_implicit_reward(steps=100, every=20, size=100):
+def record_implicit_reward(steps=100, every=20, size=100, **numbers):
     """beta log(pi / pi_ref) of held-out chosen and rejected answers along a run of dpo.py."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        flags = ["--steps", str(steps), "--save-every", str(every), "--out", str(out)]
-        dpo.main([*flags, "--eval-size", "16"])
-        args = dpo.parse_args(flags)
-        _, test = common.load_data(args.data, ["prompt", "chosen", "rejected"])
-        model, tokenizer = common.load_model(args)
-        common.load_adapter(model, "reference", args.adapter)
-        pairs = common.encode_preferences(
-            tokenizer, common.take(test, size), args.max_length, "held-out")
-        refs, means = dpo.reference_logps(model, "reference", pairs, args), [[0.0, 0.0]]
-        for step in range(every, steps + 1, every):
-            common.load_adapter(model, f"step-{step}", out / f"step-{step}")
-            rewards = args.beta * (dpo.reference_logps(model, f"step-{step}", pairs, args) - refs)
-            means.append(rounded(rewards.mean(0)))
-    return {"beta": args.beta, "steps": list(range(0, steps + 1, every)), "means": means,
-            "rewards": rounded(rewards, 3)}
+    config = dpo.Config(**{**dpo.TINY, "steps": steps, **numbers})
+    train, test = data.load_data(
+        str(common.TINY / "preferences.jsonl"), ["prompt", "chosen", "rejected"])
+    model, tokenizer = common.load_model()
+    lora.load_adapter(model, "policy", common.TINY / "sft", trainable=True)
+    dpo.make_models(model, config)
+    pairs = dpo.encode_pairs(tokenizer, data.take(test, size), config.max_length)
+    refs, rewards = dpo.all_logps(model, "reference", pairs, config), []
+
+    def log(row, samples, state):
+        if (row["step"] + 1) % every == 0:  # after the update
+            rewards.append(config.beta * (dpo.all_logps(model, "policy", pairs, config) - refs))
+
+    dpo.train(model, tokenizer, train, config, log)
+    return {"beta": config.beta, "steps": list(range(0, steps + 1, every)),
+            "means": [[0.0, 0.0], *(rounded(reward.mean(0)) for reward in rewards)],
+            "rewards": rounded(rewards[-1], 3)}
 
 
 def record_curves(bins=25, gold_bins=10):
@@ -357,13 +367,13 @@ def draw_four_models(record):
         "an adapter adds its own B A to some of the layers, while it is active")
     models = [
         ("policy", "a copy of runs/sft", f"{adapter:,}", True, "log π of each token",
-         "ratio to π old, PPO.6"),
+         "ratio to π old, PPO.1"),
         ("reference", "a copy of runs/sft", f"{adapter:,}", False, "log π ref of each token",
-         "KL in the reward, PPO.1"),
+         "KL in the reward, RL.2"),
         ("critic", "a copy of reward", f"{adapter:,} + {head}", True,
-         "V before each token", "advantages, returns, PPO.2-4"),
+         "V before each token", "advantages, returns, RL.3-5"),
         ("reward", "runs/reward_model", f"{adapter:,} + {head}", False,
-         "r of the finished answer", "reward of the last token, PPO.1")]
+         "r of the finished answer", "reward of the last token, RL.2")]
     for i, (name, begins, size, trained, says, use) in enumerate(models):
         x, colour = 97 + 182 * i, PLUS if trained else GREY
         begins = f"starts as {begins}" if trained else begins
@@ -405,7 +415,7 @@ def draw_clip(record):
                  xlim=(0.4, 1.6))
         axes.set_xticks([0.4, 0.6, 1 - eps, 1, 1 + eps, 1.4, 1.6])
         axes.grid()
-    panels[0].set_ylabel("loss of the token (PPO.7)")
+    panels[0].set_ylabel("loss of the token (PPO.2)")
     panels[0].legend(loc="lower left")
     for axes, x, y, text, colour in (
             (panels[0], 1.41, -1.13, "likelier by enough", MINUS),
@@ -696,7 +706,7 @@ def draw(records, comparison, out):
 
 
 def parse_args(argv=None):
-    p = common.parser(__doc__)
+    p = flags.parser(__doc__)
     p.add_argument("--record", nargs="*", choices=list(RECORDS), help="make these anew (all)")
     return p.parse_args(argv)
 
@@ -708,6 +718,7 @@ def read(path):
 def main(argv=None):
     args = parse_args(argv)
     if args.record is not None:
+        flags.quiet()
         make_records(args.record or list(RECORDS), DOCS / "records")
     records = {path.stem: read(path) for path in (DOCS / "records").glob("*.json")}
     names = draw(records, read(ROOT / "benchmarks" / "compare.json"), DOCS)

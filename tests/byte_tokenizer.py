@@ -1,6 +1,7 @@
-"""A tokenizer of single bytes, made in memory: what it returns can be told without running it."""
+"""Tokenizers of single bytes and characters, made in memory: what they return can be told without
+running them."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<start>", "<turn>"]
@@ -36,3 +37,33 @@ def spell(text):
     """The ids of `text`, ASCII without special tokens, by the definition of the byte alphabet."""
     shown = {" ": "Ġ", "\n": "Ċ"}
     return [len(SPECIAL) + ALPHABET.index(shown.get(c, c)) for c in text]
+
+
+def sentencepiece_tokenizer(kind="llama", chat_template=None):
+    """Of characters, with ▁ for a space, as SentencePiece has it, and a token for ▁a.
+
+    It puts a space before every text and takes one off what it decodes. kind "llama" does so before
+    the text is split, as the tokenizer.json of Llama 2 says; "metaspace" word by word, as newer
+    files do."""
+    special, space = ["<unk>", "<s>", "</s>"], "▁"
+    tokens = special + [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens += [chr(code) for code in range(33, 127)] + [space, space + "a"]
+    tokenizer = Tokenizer(models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[(space, "a")],
+        unk_token="<unk>", byte_fallback=True, fuse_unk=True,
+    ))
+    if kind == "llama":
+        steps = [normalizers.Prepend(space), normalizers.Replace(" ", space)]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(space, "first")
+    steps = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        chat_template=chat_template,
+    )

@@ -1,16 +1,19 @@
 """The commands from outside: bad input ends in one line, a run writes what it promises."""
 
 import functools
+import io
 import json
 import math
 import shutil
 import signal
+import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
-from byte_tokenizer import SIZE, byte_tokenizer
-from conftest import TARGETS, toy
+from byte_tokenizer import CHAT, SIZE, byte_tokenizer
+from conftest import ROOT, TARGETS, toy
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,6 +25,7 @@ import ppo
 import reward_model
 import sft
 import trpo
+from cli import chat, data, export
 
 SCRIPTS = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "trpo": trpo, "grpo": grpo,
            "dpo": dpo}
@@ -69,7 +73,7 @@ def house(request, folders, tmp_path, monkeypatch):
     """common.TINY is the stand-in, and the working folder is empty."""
     folder = stand_in(request.param, folders[request.param])
     monkeypatch.setattr(common, "TINY", folder)
-    monkeypatch.setattr(common.datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -94,6 +98,7 @@ def refusal(script, argv, capsys, out=None):
 
 
 EVERY = pytest.mark.parametrize("script", list(SCRIPTS))
+ON_POLICY = pytest.mark.parametrize("script", ["ppo", "trpo", "grpo"])
 
 
 # ------------------------------------------------------------------------------ bad flags
@@ -112,7 +117,8 @@ EVERY = pytest.mark.parametrize("script", list(SCRIPTS))
     (["--lr", "-1"], "--lr"),
     (["--seed", "-1"], "--seed"),
     (["--device", "abacus"], "--device"),
-    (["--batch-size", "8", "--micro-batch-size", "3"], "--micro-batch-size"),
+    (["--micro-batch-size", "0"], "--micro-batch-size"),
+    (["--lora-rank", "none"], "--lora-rank"),
     (["--data", "missing.jsonl"], "missing.jsonl"),
     (["--data", "missing.parquet"], "missing.parquet"),
     (["--model", "some/model"], "--data"),
@@ -122,7 +128,7 @@ def test_a_bad_flag_is_named(script, argv, says, capsys, tmp_path, monkeypatch):
     assert says in refusal(script, argv, capsys)
 
 
-@pytest.mark.parametrize("script", ["ppo", "trpo", "grpo"])
+@ON_POLICY
 @pytest.mark.parametrize("argv, says", [
     (["--temperature", "0"], "--temperature"),
     (["--max-new-tokens", "64", "--max-length", "64"], "--max-new-tokens"),
@@ -137,6 +143,7 @@ def test_a_bad_flag_of_sampling_is_named(script, argv, says, capsys, tmp_path, m
 @pytest.mark.parametrize("script, argv, says", [
     ("ppo", ["--batch-size", "8", "--minibatches", "3"], "--minibatches"),
     ("ppo", ["--kl-target", "0"], "--kl-target"),
+    ("ppo", ["--value-coef", "0.5"], "--value-coef"),
     ("ppo", ["--kl-target", "6", "--beta", "0"], "--beta"),
     ("ppo", ["--lam", "1.1"], "--lam"),
     ("trpo", ["--gamma", "2"], "--gamma"),
@@ -147,6 +154,8 @@ def test_a_bad_flag_of_sampling_is_named(script, argv, says, capsys, tmp_path, m
     ("grpo", ["--adv", "median"], "--adv"),
     ("trpo", ["--damping", "0"], "--damping"),
     ("trpo", ["--max-kl", "0"], "--max-kl"),
+    ("trpo", ["--missing-eos-score", "some"], "--missing-eos-score"),
+    ("dpo", ["--temperature", "0"], "--temperature"),
     ("dpo", ["--beta", "0"], "--beta"),
     ("dpo", ["--label-smoothing", "0.5"], "--label-smoothing"),
     ("dpo", ["--label-smoothing", "0.1", "--loss", "ipo"], "--label-smoothing"),
@@ -167,6 +176,21 @@ def test_an_out_folder_with_files_is_refused_and_kept(script, capsys, tmp_path, 
     assert Path("there/mine.txt").read_text() == "mine"
 
 
+@EVERY
+def test_help_shows_each_flag_with_the_comment_that_stands_beside_it_in_config(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        SCRIPTS[script].main(["--help"])
+    out, error = capsys.readouterr()
+    said, source = " ".join(out.split()), Path(ROOT, f"{script}.py").read_text()
+    assert end.value.code == 0 and not error
+    for name in SCRIPTS[script].Config.__dataclass_fields__:
+        [line] = [x for x in source.splitlines() if x.startswith(f"    {name}: ")]
+        assert f"--{name.replace('_', '-')} " in out
+        assert " ".join(line.split("  # ")[1].split()) in said
+    for name, value in SCRIPTS[script].TINY.items():
+        assert f"tiny: {value:g}" in said
+
+
 # ------------------------------------------------------------------------------ bad files
 
 
@@ -180,7 +204,7 @@ def test_wrong_columns_are_listed_beside_the_accepted_ones(script, capsys, house
 @pytest.mark.parametrize("text", [b"", b"{", b"[1, 2\n", b"\x00\x01", b'{"prompt": "caf\xe9"}\n'])
 def test_a_data_file_that_cannot_be_read(text, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     Path("d.jsonl").write_bytes(text)
     assert "d.jsonl" in refusal("sft", ["--data", "d.jsonl"], capsys)
 
@@ -217,7 +241,7 @@ def test_an_adapter_of_another_model_that_fits_is_told(capsys, house):
     for base, notes in ((config["base_model_name_or_path"], 0), ("other/model", 1)):
         text = json.dumps(config | {"base_model_name_or_path": base})
         Path("moved/adapter_config.json").write_text(text)
-        common.main([*"--model tiny --adapter moved --prompt a --max-new-tokens 4".split()])
+        chat.main([*"--model tiny --adapter moved --prompt a --max-new-tokens 4".split()])
         assert capsys.readouterr().err.count("trained on the model other/model") == notes
 
 
@@ -227,10 +251,10 @@ def test_a_reward_model_does_not_become_a_policy(script, capsys, house):
     assert "is a reward model" in refusal(script, argv, capsys)
 
 
-@pytest.mark.parametrize("script", ["ppo", "trpo", "grpo"])
+@ON_POLICY
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(script, capsys, house):
     error = refusal(script, arguments(script, "--reward", "runs/reward_mode1"), capsys)
-    assert error == "error: runs/reward_mode1: no such folder\n"
+    assert "runs/reward_mode1: no such" in error
 
 
 @pytest.mark.parametrize("file, content", [
@@ -259,21 +283,38 @@ def test_a_head_of_several_scores_is_refused(capsys, house):
     assert "not one score" in refusal("ppo", arguments("ppo", "--reward", "bad"), capsys)
 
 
-def test_an_adapter_of_the_output_head_is_refused(capsys, house):
-    Path("bad").mkdir()
+@pytest.mark.parametrize("script", ["sft", "ppo", "trpo", "grpo", "dpo"])
+def test_an_adapter_of_the_output_head_is_trained_like_any_other(script, house):
+    """The model's own forward makes the logits, so sampler and scorer read the same head."""
+    Path("odd").mkdir()
     config = (house / "sft/adapter_config.json").read_bytes()
-    Path("bad/adapter_config.json").write_bytes(config)
+    Path("odd/adapter_config.json").write_bytes(config)
     tensors = load_file(house / "sft/adapter_model.safetensors")
     width = next(A.shape[1] for key, A in tensors.items() if ".lora_A." in key)
     head = "base_model.model.lm_head.lora_{}.weight"
-    tensors |= {head.format("A"): torch.ones(4, width), head.format("B"): torch.ones(SIZE, 4)}
-    save_file(tensors, "bad/adapter_model.safetensors")
-    assert "output head" in refusal("ppo", arguments("ppo", "--adapter", "bad"), capsys)
+    torch.manual_seed(0)
+    before = {head.format("A"): torch.randn(4, width), head.format("B"): torch.randn(SIZE, 4) / 10}
+    save_file(tensors | before, "odd/adapter_model.safetensors")
+    Path("r.py").write_text(COUNT)
+    reward = ["--reward", "r.py:letters"] if script not in ("sft", "dpo") else []
+    SCRIPTS[script].main(arguments(script, *RUN, "--adapter", "odd", *reward, *NONE[script]))
+    check_run(script, Path("out"), "tiny/model")
+    after = load_file("out/adapter_model.safetensors")
+    assert all(not torch.equal(after[key], old) for key, old in before.items())
+    for row in lines(Path("out/metrics.jsonl")):
+        assert row.get("log_ratio_max", 0) < 1e-4
 
 
-def test_a_refusal_gives_ctrl_c_back(capsys, house):
-    refusal("ppo", arguments("ppo", "--adapter", "nowhere"), capsys)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_a_refusal_and_a_run_leave_ctrl_c_as_it_was(capsys, house):
+    for handler in (signal.default_int_handler, signal.SIG_IGN):
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            refusal("ppo", arguments("ppo", "--adapter", "nowhere"), capsys)
+            sft.main(arguments("sft", *RUN, "--out", handler.__class__.__name__))
+            assert signal.getsignal(signal.SIGINT) == handler
+            shutil.rmtree(handler.__class__.__name__)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 @EVERY
@@ -290,12 +331,64 @@ def test_flags_of_a_new_adapter_are_refused_beside_one_that_is_there(script, cap
 
 @pytest.mark.parametrize("script", ["sft", "reward_model", "dpo"])
 def test_data_of_which_nothing_fits_is_refused(script, capsys, house):
-    argv = ["--max-length", "3", "--max-new-tokens", "2"][: 4 if script == "sft" else 2]
-    assert "--max-length" in refusal(script, argv, capsys)
+    argv = ["--max-length", "3", "--max-new-tokens", "2"][: 2 if script == "reward_model" else 4]
+    assert "--max-length 3" in refusal(script, argv, capsys)
+
+
+@pytest.mark.parametrize("script", ["ppo", "trpo", "grpo", "sft", "dpo"])
+def test_more_new_tokens_than_the_model_can_read_are_refused(script, capsys, house):
+    """Both toys have 128 positions, whatever --max-length says."""
+    error = refusal(script, ["--max-new-tokens", "128", "--device", "cpu"], capsys)
+    assert "--max-new-tokens 128" in error
+
+
+REFUSES = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
+           "{% endif %}{% endfor %}" + CHAT)
+
+
+@EVERY
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_prompt_that_the_chat_template_refuses_ends_the_run_before_it_starts(
+        script, split, capsys, house):
+    shutil.copytree(house / "model", "model")
+    byte_tokenizer(REFUSES).save_pretrained("model")
+    rows = [{"prompt": [{"role": "user", "content": f"q{i}"}], "response": "yes", "chosen": "good",
+             "rejected": "no", "split": "test" if i > 8 else "train"} for i in range(12)]
+    at = 4 if split == "train" else 10
+    rows[at]["prompt"].insert(0, {"role": "system", "content": "Be kind."})
+    Path("r.py").write_text(COUNT)
+    argv = ["--model", "model", "--data", write(Path("d.jsonl"), rows)]
+    argv += ["--reward", "r.py:letters"] if DATA[script] == "prompts" else []
+    error = refusal(script, arguments(script, *argv), capsys)
+    assert "chat template" in error and "no system" in error and "--data" in error
+
+
+def test_a_kl_that_bf16_cannot_measure_is_refused(capsys, house):
+    argv = arguments("trpo", "--dtype", "bf16", "--max-kl", "0.0005")
+    error = refusal("trpo", argv, capsys)
+    assert "--max-kl" in error and "--dtype fp32" in error
+
+
+def test_a_plot_without_matplotlib_is_refused(capsys, house, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install matplotlib" in refusal("sft", arguments("sft", "--plot"), capsys)
+
+
+def test_a_device_that_is_not_there_is_named(capsys, house):
+    absent = next(d for d in ("mps", "cuda")
+                  if not getattr(torch, d).is_available())
+    argv = [absent if a == "cpu" else a for a in arguments("sft")]
+    assert f"device {absent} is not available" in refusal("sft", argv, capsys)
 
 
 # ------------------------------------------------------------------------------ bad rewards
 
+NONE = {script: [] if script in ("sft", "reward_model") else ["--missing-eos-score", "none"]
+        for script in SCRIPTS}
+COUNT = """
+def letters(prompts, responses, rows):
+    return [sum(map(ord, response)) / 100 for response in responses]
+"""
 REWARD = """
 import math
 def count(prompts, responses, rows): return [1.0] * (len(responses) + 1)
@@ -305,6 +398,7 @@ def infinite(prompts, responses, rows): return [math.inf] * len(responses)
 def strings(prompts, responses, rows): return ["good"] * len(responses)
 def nothing(prompts, responses, rows): pass
 def two(prompts, responses): return [1.0] * len(responses)
+def raises(prompts, responses, rows): return [1 / 0 for _ in prompts]
 constant = 3
 """
 
@@ -322,10 +416,41 @@ def test_a_bad_reward_function_is_named(function, says, capsys, house):
     assert says in refusal("ppo", argv, capsys)
 
 
-@pytest.mark.parametrize("text", ["def f(:\n", "import no_such_module\n", "1 / 0\n"])
-def test_a_reward_file_that_does_not_run_is_named(text, capsys, house):
+def with_traceback(argv, capsys):
+    """(traceback, error line) of a run that the user's own code ends; nothing of ours in it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        ppo.main([*argv, "--out", "out"])
+    error = capsys.readouterr().err
+    *traceback, last = error.rstrip("\n").split("\n")
+    assert end.value.code == 2 and last.startswith("error: ") and traceback
+    assert not any(line.startswith("error: ") for line in traceback)
+    assert "r.py" in last and not Path("out").exists()
+    traceback = "\n".join(traceback)
+    assert not any(f"{name}.py" in traceback for name in ("rewards", "common", "ppo"))
+    return traceback, last
+
+
+@pytest.mark.parametrize("text, says", [
+    ("def f(:\n", "SyntaxError"), ("import no_such_module\n", "no_such_module"),
+    ("1 / 0\n", "ZeroDivisionError"),
+])
+def test_a_reward_file_that_does_not_run_shows_its_traceback_and_one_line(
+        text, says, capsys, house):
     Path("r.py").write_text(text)
-    assert "r.py" in refusal("ppo", arguments("ppo", "--reward", "r.py:f"), capsys)
+    traceback, last = with_traceback(arguments("ppo", "--reward", "r.py:f"), capsys)
+    assert 'r.py", line 1' in traceback and says in traceback and says in last
+
+
+def test_a_reward_that_raises_shows_its_own_traceback_and_one_line(capsys, house):
+    """A12: the line names the function and the first prompt."""
+    Path("r.py").write_text(REWARD)
+    traceback, last = with_traceback(arguments("ppo", "--reward", "r.py:raises"), capsys)
+    assert 'r.py", line' in traceback and "in raises" in traceback
+    assert "ZeroDivisionError: division by zero" in traceback
+    assert "r.py:raises" in last and "ZeroDivisionError: division by zero" in last
+    prompts = [row["prompt"] for row in data.load_data(str(house / "prompts.jsonl"), ["prompt"])[1]]
+    assert any(repr(prompt) in last for prompt in prompts)
 
 
 def test_a_missing_reward_is_named(capsys, house):
@@ -351,20 +476,21 @@ def test_a_reward_adapter_without_head_or_of_another_base_is_refused(capsys, hou
 # ------------------------------------------------------------------------------ short runs
 
 ALWAYS = {"step", "seconds", "loss", "grad_norm", "lr"}
-ON_POLICY = {"score", "score_std", "kl", "entropy", "eos_rate", "length"}
+SAMPLED = {"score", "score_std", "kl", "entropy", "eos_rate", "length",
+           "log_ratio_max", "surprise", "surprise_z"}
 KEYS = {
     "sft": ALWAYS,
     "reward_model": ALWAYS | {"accuracy", "margin"},
-    "ppo": ALWAYS | ON_POLICY | {"ratio_max", "clip_fraction", "approx_kl", "explained_variance"},
-    "trpo": ALWAYS | ON_POLICY | {"surrogate_gain", "backtracks", "kl_step"},
-    "grpo": ALWAYS | ON_POLICY | {"ratio_max", "clip_fraction", "zero_std_groups"},
+    "ppo": ALWAYS | SAMPLED | {"ratio_max", "clip_fraction", "approx_kl", "explained_variance"},
+    "trpo": ALWAYS | SAMPLED | {"surrogate_gain", "backtracks", "kl_step", "explained_variance"},
+    "grpo": ALWAYS | SAMPLED | {"ratio_max", "clip_fraction", "approx_kl", "zero_std_groups"},
     "dpo": ALWAYS | {"accuracy", "margin", "logp_chosen", "logp_rejected"},
 }
 RUN = "--steps 2 --batch-size 4 --micro-batch-size 2 --lr 0.01 --out out".split()
 
 
 def check_run(script, out, base):
-    """What design section 4 promises of a run of two steps."""
+    """What is promised of every run, here of one of two steps."""
     config = json.loads((out / "config.json").read_text())
     assert config["steps"] == 2 and config["seed"] == 0 and config["batch_size"] == 4
     assert config["torch"] == torch.__version__ and "transformers" in config
@@ -382,28 +508,49 @@ def check_run(script, out, base):
     sides = ("chosen", "rejected") if script == "reward_model" else ("response",)
     samples = lines(out / "samples.jsonl")
     assert samples and all({"prompt", "score", *sides} <= row.keys() for row in samples)
+    assert {0, 2} <= {row["step"] for row in samples}  # before and after
     adapter = json.loads((out / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == base
     assert (adapter["task_type"] == "SEQ_CLS") == (script == "reward_model")
     assert (out / "adapter_model.safetensors").is_file()
 
 
+def check_what_is_said(script, first, said):
+    """A table, and before any update sampler and scorer side by side, or a loss as it must be."""
+    assert "held-out rows" in said and "before" in said and "after" in said
+    if script in ("ppo", "trpo", "grpo"):
+        assert first["log_ratio_max"] < 1e-4 and f"at most {first['log_ratio_max']:.1e}" in said
+        assert f"surprise {first['surprise']:.3f} of the sampled tokens, entropy" in said
+    if script == "reward_model":
+        assert "loss before training" in said and "ln 2 = 0.693" in said
+        assert "the best possible judge has an accuracy of 0.800" in said
+    if script == "dpo":
+        assert f"loss {math.log(2):.4f}" in said
+
+
 @EVERY
-def test_a_run_writes_what_it_promises_and_its_seed_repeats_it(script, capsys, house):
-    for out in ("out", "again"):
-        SCRIPTS[script].main(arguments(script, *RUN, "--out", out, "--save-every", "1"))
-    assert "before" in capsys.readouterr().out
+def test_a_run_writes_what_it_promises_and_seed_and_checkpointing_repeat_it(script, capsys, house):
+    for out, more in (("out", "--save-every 1"), ("again", ""), ("slow", "--grad-checkpoint")):
+        SCRIPTS[script].main(arguments(
+            script, *RUN, *NONE[script], "--out", out, *more.split()))
     check_run(script, Path("out"), "tiny/model")
-    one, two = (lines(Path(out, "metrics.jsonl")) for out in ("out", "again"))
-    for row in one + two:
+    check_what_is_said(script, lines(Path("out/metrics.jsonl"))[0], capsys.readouterr().out)
+    one, two, three = (lines(Path(out, "metrics.jsonl")) for out in ("out", "again", "slow"))
+    for row in one + two + three:
         del row["seconds"]
-    assert one == two
+    assert one == two and all(row["grad_norm"] > 1e-3 for row in one)
+    # Under checkpointing nothing is shared between answers, and no number changes. At the start of
+    # DPO h is 0, and how many of its roundings lie above 0 means nothing.
+    for a, b in zip(one, three):
+        if script == "dpo" and a["step"] == 0:
+            a, b = a | {"accuracy": 0.0}, b | {"accuracy": 0.0}
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
     model = toy("gpt2" if "gpt2" in house.name else "llama", SIZE)
     saved = {"s1": "out/step-1", "s2": "out/step-2", "end": "out", "again": "again"}
     for name, folder in saved.items():
         lora.load_adapter(model, name, folder)
     first, second, end, again = (lora.adapter_parameters(model, name) for name in saved)
-    assert script == "grpo" or any(not torch.equal(a, b) for a, b in zip(first, second))
+    assert any(not torch.equal(a, b) for a, b in zip(first, second))
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(second, end, again))
 
 
@@ -416,7 +563,7 @@ def test_a_run_with_the_shipped_model(script, capsys, tmp_path, monkeypatch):
     assert any(row["grad_norm"] > 0 for row in lines(Path("out/metrics.jsonl")))
 
 
-@pytest.mark.parametrize("script", ["ppo", "trpo", "grpo"])
+@ON_POLICY
 def test_the_out_of_sft_is_an_adapter_for_the_next_scripts(script, house):
     sft.main(arguments("sft", *RUN, "--out", "first"))
     reward_model.main(arguments("reward_model", *RUN, "--out", "second", "--adapter", "first"))
@@ -434,6 +581,7 @@ def test_a_run_with_a_function_and_without_an_adapter(script, house):
 
 @pytest.mark.parametrize("script, argv", [
     ("ppo", ["--kl-target", "1"]),
+    ("ppo", ["--missing-eos-score", "none"]),
     ("grpo", ["--loss", "dapo", "--adv", "loo", "--kl-in", "reward"]),
     ("grpo", ["--loss", "dr_grpo", "--adv", "none", "--kl", "k3-corrected"]),
     ("grpo", ["--loss", "gspo", "--clip-low", "3e-4", "--clip-high", "4e-4", "--kl", "k2"]),
@@ -454,12 +602,11 @@ def test_a_long_prompt_is_cut_and_a_long_answer_dropped_and_counted(script, caps
     data = write(Path("d.jsonl"), rows)
     SCRIPTS[script].main(arguments(script, *RUN, "--data", data))
     said = capsys.readouterr().out
-    kept = "6 demonstrations (3 dropped" if script == "sft" else "6 training pairs (dropped: 3 long"
-    assert kept in said
+    assert "6 rows (dropped: 3 longer than 96 tokens" in said
     check_run(script, Path("out"), "tiny/model")
 
 
-@pytest.mark.parametrize("script", ["ppo", "trpo", "grpo"])
+@ON_POLICY
 def test_ctrl_c_ends_in_one_line_that_names_the_folder(script, capsys, house):
     Path("r.py").write_text("import os, signal\ndef f(prompts, responses, rows):\n"
                             "    if os.path.exists('out'):\n"
@@ -476,11 +623,79 @@ def test_ctrl_c_ends_in_one_line_that_names_the_folder(script, capsys, house):
     assert [p.name for p in Path("out").glob("*.safetensors")] == []
 
 
-# ------------------------------------------------------------------------------ lora.py
+@ON_POLICY
+def test_no_answer_that_ends_and_scores_without_differences_are_told(script, capsys, house):
+    """A7: nothing can be learnt from them, and nothing else would say so."""
+    Path("r.py").write_text("def f(prompts, responses, rows): return [0.0] * len(prompts)\n")
+    SCRIPTS[script].main(arguments(script, *RUN, "--reward", "r.py:f"))
+    said = capsys.readouterr().out
+    assert lines(Path("out/metrics.jsonl"))[0]["eos_rate"] == 0
+    assert "no answer ended by itself" in said and "all 4 answers have the score -10" in said
+    assert said.count("have the score") == 1  # said once, and not at every step
+
+
+def test_rows_without_a_split_are_enough_if_there_are_two(house):
+    rows = [{"prompt": f"q{i}", "response": "yes"} for i in range(2)]
+    sft.main(arguments("sft", *RUN, "--data", write(Path("d.jsonl"), rows)))
+    check_run("sft", Path("out"), "tiny/model")
+
+
+def test_folders_of_runs_are_numbered(house):
+    for _ in range(3):
+        sft.main(arguments("sft", *RUN[:-2]))
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["sft", "sft-2", "sft-3"]
+    assert json.loads(Path("runs/sft-2/config.json").read_text())["out"] == "runs/sft-2"
+
+
+def test_curves_are_drawn_when_asked_for(house):
+    pytest.importorskip("matplotlib")
+    sft.main(arguments("sft", *RUN, "--plot"))
+    assert Path("out/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo"])
+def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(script, house):
+    """Rows of all lengths; the default of tiny leaves one row over."""
+    data = write(Path("data.jsonl"), [
+        {"prompt": f"q{i}", "response": "yes" * (i + 1), "chosen": "good" * (i + 1),
+         "rejected": "no" * (10 - i), "split": "train" if i else "test"} for i in range(10)])
+    runs = {}
+    for rows in ("", "1", "3", "9"):
+        argv = ["--data", data, "--steps", "1", "--batch-size", "9", "--out", f"o{rows}"]
+        argv += ["--micro-batch-size", rows] if rows else []
+        SCRIPTS[script].main(arguments(script, *argv))
+        [row] = lines(Path(f"o{rows}", "metrics.jsonl"))
+        runs[rows] = [row["loss"], row["grad_norm"]]
+    assert runs[""] == pytest.approx(runs["9"], rel=1e-4)
+    assert runs["1"] == pytest.approx(runs["9"], rel=1e-4)
+    assert runs["3"] == pytest.approx(runs["9"], rel=1e-4)
+
+
+@ON_POLICY
+def test_a_step_is_that_of_the_whole_batch_however_its_answers_are_cut(script, house):
+    """8 answers in pieces of 3: the last is smaller, and a group of 4 is split. With no score for a
+    missing EOS every answer has the one that the function gave it, though none has ended."""
+    Path("r.py").write_text(COUNT)
+    found = {}
+    for size in ("3", "8"):
+        SCRIPTS[script].main(arguments(
+            script, "--steps", "1", "--batch-size", "8", "--micro-batch-size", size, "--out", size,
+            "--reward", "r.py:letters", *NONE[script],
+            *(["--group-size", "4"] if script == "grpo" else [])))
+        [found[size]] = lines(Path(size, "metrics.jsonl"))
+        del found[size]["seconds"], found[size]["log_ratio_max"]  # rounding and nothing else
+    assert found["3"] == pytest.approx(found["8"], rel=1e-3, abs=1e-6)
+    assert found["8"]["grad_norm"] > 0 and found["8"]["score_std"] > 0
+    assert found["8"]["eos_rate"] == 0
+    for sample in lines(Path("8/samples.jsonl")):
+        assert sample["score"] == pytest.approx(sum(map(ord, sample["response"])) / 100, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------ cli.export
 
 
 def command(*argv):
-    lora.main([*argv, "--device", "cpu"])
+    export.main([*argv, "--device", "cpu"])
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -489,6 +704,9 @@ def command(*argv):
     (["merge", "--adapter", "nowhere", "--out", "new"], "nowhere"),
     (["merge", "--adapter", "ADAPTER", "--out", "new", "--model", "other"], "does not fit"),
     (["unmerge", "--adapter", "ADAPTER"], "unmerge"),
+    (["merge", "--out", "new"], "--adapter"),
+    (["inspect", "--adapter", "there"], "there"),
+    (["inspect", "--adapter", "ADAPTER", "--model", "./no/such/folder"], "no/such/folder"),
 ])
 def test_a_merge_that_cannot_be_ends_in_one_line_and_writes_nothing(argv, says, capsys, house):
     Path("there").mkdir()
@@ -508,8 +726,10 @@ def test_a_merge_that_cannot_be_ends_in_one_line_and_writes_nothing(argv, says, 
 def test_inspect_shows_each_layer_and_the_head(house, capsys):
     command("inspect", "--adapter", str(house / "reward_model"))
     said = capsys.readouterr().out
-    assert said.count(TARGETS["gpt2" if "gpt2" in house.name else "llama"][0]) == 2
-    assert "and a scalar head" in said
+    target = TARGETS["gpt2" if "gpt2" in house.name else "llama"][0]
+    assert said.count(target) == 2 and "and a scalar head" in said
+    command("inspect", "--adapter", str(house / "sft"))
+    assert "scalar head" not in capsys.readouterr().out
 
 
 def test_a_merged_reward_model_is_a_reward_for_the_next_run(house):
@@ -519,19 +739,98 @@ def test_a_merged_reward_model_is_a_reward_for_the_next_run(house):
     check_run("ppo", Path("out"), "tiny/model")
 
 
-@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo"])
-def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(script, house):
-    """Rows of all lengths; the default of tiny leaves one row over."""
-    data = write(Path("data.jsonl"), [
-        {"prompt": f"q{i}", "response": "yes" * (i + 1), "chosen": "good" * (i + 1),
-         "rejected": "no" * (10 - i), "split": "train" if i else "test"} for i in range(10)])
-    runs = {}
-    for rows in ("", "1", "3", "9"):
-        argv = ["--data", data, "--steps", "1", "--batch-size", "9", "--out", f"o{rows}"]
-        argv += ["--micro-batch-size", rows] if rows else []
-        SCRIPTS[script].main(arguments(script, *argv))
-        [row] = lines(Path(f"o{rows}", "metrics.jsonl"))
-        runs[rows] = [row["loss"], row["grad_norm"]]
-    assert runs[""] == pytest.approx(runs["9"], rel=1e-4)
-    assert runs["1"] == pytest.approx(runs["9"], rel=1e-4)
-    assert runs["3"] == pytest.approx(runs["9"], rel=1e-4)
+# ------------------------------------------------------------------------------ cli.chat
+
+
+def said(capsys, *argv):
+    """What a chat prints."""
+    chat.main(["--device", "cpu", "--max-new-tokens", "6", *argv])
+    out, error = capsys.readouterr()
+    assert not error
+    return out
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_chat_prints_the_answer_alone(adapter, capsys, house):
+    """The likeliest tokens, by the bare base or its adapter."""
+    model, tokenizer = common.load_model("tiny", "cpu")
+    name = None
+    if adapter:
+        name = "adapter"
+        lora.load_adapter(model, name, house / "sft")
+        torch.manual_seed(3)
+        for p in lora.adapter_parameters(model, name):
+            p.data.normal_()
+        lora.save_adapter(model, name, "adapter", base="tiny/model")
+    with lora.use_adapter(model, name):
+        [expected], _ = chat.answer(model, tokenizer, ["Why?"], 6)
+        assert expected
+    argv = ["--adapter", "adapter"] if adapter else ["--adapter", "none"]
+    assert said(capsys, "--prompt", "Why?", "--temperature", "0", *argv) == expected + "\n"
+
+
+def test_a_seed_of_a_chat_repeats_its_answer_and_another_does_not(capsys, house):
+    one, two, three = (said(capsys, "--prompt", "Why?", "--temperature", "2", "--seed", seed)
+                       for seed in ("5", "5", "6"))
+    assert one == two != three
+
+
+def test_a_conversation_sees_all_turns_and_ends_with_an_empty_line_or_the_end(
+        capsys, house, monkeypatch):
+    seen, real = [], common.encode_prompt
+
+    def encode_prompt(tokenizer, prompt):
+        seen.append([(turn["role"], turn["content"]) for turn in prompt])
+        return real(tokenizer, prompt)
+
+    monkeypatch.setattr(common, "encode_prompt", encode_prompt)
+    for typed in ("One?\nTwo?\n\nThree?\n", "One?\nTwo?"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        seen.clear()
+        out = said(capsys, "--temperature", "0")
+        assert len(seen) == 2 and seen[0] == [("user", "One?")]
+        assert [role for role, _ in seen[1]] == ["user", "assistant", "user"]
+        (_, first), (_, answer), (_, last) = seen[1]
+        assert (first, last) == ("One?", "Two?") and answer and f"{answer}\n" in out
+        assert out.count("> ") == 3  # the third is ended by an empty line, or by the end
+
+
+def test_a_chat_with_a_merged_model_says_what_the_adapter_says(capsys, house):
+    adapted = said(capsys, "--prompt", "Why?", "--temperature", "0", "--adapter",
+                   str(house / "sft"))
+    command("merge", "--adapter", str(house / "sft"), "--out", "merged")
+    capsys.readouterr()
+    assert said(capsys, "--prompt", "Why?", "--temperature", "0", "--model", "merged") == adapted
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--no-such-flag"], "--no-such-flag"),
+    (["--temperature", "-1"], "--temperature"),
+    (["--temperature", "nan"], "--temperature"),
+    (["--max-new-tokens", "0"], "--max-new-tokens"),
+    (["--max-new-tokens", "1024"], "--max-new-tokens"),
+    (["--max-new-tokens", "50", "--max-length", "50"], "--max-new-tokens"),
+    (["--seed", "-1"], "--seed"),
+    (["--device", "abacus"], "--device"),
+    (["--adapter", "nowhere"], "nowhere"),
+    (["--model", "./no/such/folder"], "no/such/folder"),
+    (["--model", "empty"], "empty"),
+])
+def test_bad_input_to_a_chat_ends_in_one_line(argv, says, capsys, house):
+    Path("empty").mkdir()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        chat.main(["--prompt", "Why?", "--max-new-tokens", "6", *argv])
+    out, error = capsys.readouterr()
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert says in error and not out
+
+
+def test_a_chat_whose_template_refuses_the_prompt_ends_in_one_line(capsys, house):
+    shutil.copytree(house / "model", "model")
+    byte_tokenizer("{{ raise_exception('no chat') }}" + CHAT).save_pretrained("model")
+    with pytest.raises(SystemExit) as end:
+        chat.main(["--model", "model", "--prompt", "Why?"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert "no chat" in error

@@ -102,7 +102,7 @@ def test_with_exact_expectations_learning_ends_at_the_optimum(name):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_from_samples_learning_ends_near_the_optimum(name, seed):
-    """In the order of the main loops, with a learnt critic, lambda 0.95 and whitening."""
+    """In the order of train(), with a learnt critic, lambda 0.95 and whitening."""
     toy = Toy()
     assert curve(toy, ALGORITHMS[name](toy, **SAMPLED[name], seed=seed), optimum(toy))[-1] < 1e-2
 
@@ -229,6 +229,19 @@ def test_dividing_by_the_spread_lets_go_of_the_reference_where_beta_is_small():
     assert 0.5 < optimum(toy).exp().max() < 0.6
 
 
+def test_with_k3_no_answer_is_let_go_altogether():
+    """Even divided by the spread: each keeps a share beta sigma / (beta sigma + range of scores) of
+    its probability under the reference, where k2 leaves all but one with nothing."""
+    toy = Toy(1)
+    k3, k2 = (toy.response_logps(last(run_grpo(toy, adv="std", kl_in="loss", kl=kl))).exp()
+              for kl in ("k3", "k2"))
+    sigma = (k3 @ (toy.score - k3 @ toy.score).square()).sqrt()
+    share = BETA * sigma / (BETA * sigma + toy.score.max() - toy.score.min())
+    floor = share * toy.response_logps(toy.reference).exp()
+    assert (k3 > floor).all() and floor.min() > 1e-3
+    assert (k2 < floor).sum() == 3
+
+
 def policy_gradient(toy, theta, adv):
     """Of grpo_loss without KL, expected under theta, to be increased."""
     logp = grpo.token_logps(theta[toy.states], toy.ids)
@@ -319,6 +332,8 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl_over_whole_responses(settin
         loss = ppo.policy_loss(logp, logp.detach(), adv * tokens, toy.mask, eps=0.2)
         gradient, = torch.autograd.grad(loss, theta, retain_graph=True)
         assert off(gradient, 0.3 * exact) < RELATIVE
+
+
 @pytest.mark.parametrize("kl", ["k2", "k3-corrected"])
 def test_k2_and_corrected_k3_have_the_gradient_of_the_kl_of_each_state_alone(setting, kl):
     """Which over whole responses is that of the KL only if they are one token."""

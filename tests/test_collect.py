@@ -11,14 +11,16 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT
 
-import collect
 import common
 import lora
 import reward_model
+from cli import chat, collect, flags
+from cli.data import load_data
 
 NEEDED = ["prompt", "chosen", "rejected"]
 
@@ -30,7 +32,7 @@ def lines(path):
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def session(monkeypatch, keys, answers, prompts=200, goal=100):
@@ -38,10 +40,10 @@ def session(monkeypatch, keys, answers, prompts=200, goal=100):
     def answer(model, tokenizer, prompts, *rest):
         return [*answers(prompts[0])], [True, True]
 
-    monkeypatch.setattr(common, "answer", answer)
+    monkeypatch.setattr(collect, "answer", answer)
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(key + "\n" for key in keys)))
     asked = {json.dumps(f"q{i}"): f"q{i}" for i in range(prompts)}
-    args = Namespace(collect=goal, max_new_tokens=8, temperature=0.7, max_length=64, seed=0,
+    args = Namespace(pairs=goal, max_new_tokens=8, temperature=0.7, max_length=64, seed=0,
                      adapter=None, data="d.jsonl")
     model, out = Namespace(name_or_path="toy"), Path("d.jsonl")
     rows = collect.read_judgements(out)
@@ -107,7 +109,7 @@ def test_the_same_or_empty_answers_are_drawn_again_and_then_passed_over(monkeypa
 
 
 def test_an_answer_that_did_not_stop_is_marked_on_the_screen_only(monkeypatch, capsys):
-    monkeypatch.setattr(common, "answer", lambda *rest: (["whole", "half"], [True, False]))
+    monkeypatch.setattr(collect, "answer", lambda *rest: (["whole", "half"], [True, False]))
     pair = collect.two_answers(None, None, "q", Namespace(
         max_new_tokens=8, temperature=1.0, max_length=64))
     assert dict(pair) == {"whole": True, "half": False}
@@ -148,7 +150,7 @@ def test_ties_and_skips_are_kept_and_not_trained_on(monkeypatch, capsys):
     session(monkeypatch, ["a", "tie", "skip", "b", "q"], two)
     kept = {row["judged"]: {row["a"], row["b"]} for row in lines("d.jsonl")}
     assert kept == dict.fromkeys(["a", "tie", "skip", "b"], {"one", "two"})
-    train, test = common.load_data("d.jsonl", NEEDED)
+    train, test = load_data("d.jsonl", NEEDED)
     assert [row["prompt"] for row in train] == ["q0"] and [row["prompt"] for row in test] == ["q3"]
     out = capsys.readouterr().out
     assert "2 rows dropped" in out and "a tie or a skip" in out
@@ -169,7 +171,7 @@ def test_one_preference_is_too_few_to_train_on_and_that_is_said(monkeypatch, cap
         reward_model.main(["--data", "d.jsonl", "--out", "out"])
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1
-    assert "1 rows to train on and 0 held out" in error and not Path("out").exists()
+    assert "0 rows to train on and 1 held out" in error and not Path("out").exists()
 
 
 def test_a_line_cut_anywhere_is_mended_and_costs_only_itself(monkeypatch, capsys):
@@ -193,7 +195,7 @@ def test_training_on_a_file_with_a_cut_line_names_the_line(monkeypatch, capsys):
     logged, handler = [], logging.Handler()
     handler.emit = logged.append
     monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [handler])
-    common.datasets.logging.set_verbosity_warning()
+    datasets.logging.set_verbosity_warning()
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         reward_model.main(["--data", "d.jsonl", "--out", "out"])
@@ -225,7 +227,7 @@ GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b", "judged": "a"}\n'
 def test_a_file_of_another_kind_is_refused_and_left_as_it_is(content, capsys):
     Path("mine.jsonl").write_text(content)
     with pytest.raises(SystemExit) as end:
-        reward_model.main(["--collect", "3", "--out", "mine.jsonl"])
+        collect.main(["--pairs", "3", "--out", "mine.jsonl"])
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and "mine.jsonl, line" in error
     assert Path("mine.jsonl").read_text() == content
@@ -235,20 +237,24 @@ def test_a_file_of_another_kind_is_refused_and_left_as_it_is(content, capsys):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["--collect", "0"], "--collect"),
-    (["--collect", "3", "--temperature", "0", "--data", "missing.jsonl"], "--temperature"),
-    (["--collect", "3", "--max-new-tokens", "64", "--max-length", "64"], "--max-new-tokens"),
-    (["--collect", "3", "--out", "runs/mine"], ".jsonl"),
-    (["--collect", "3", "--out", "folder.jsonl"], "folder.jsonl"),
-    (["--collect", "3", "--out", "file/under.jsonl"], "file/under.jsonl"),
-    (["--collect", "3", "--data", "missing.jsonl"], "missing.jsonl"),
-    (["--collect", "3", "--adapter", "nowhere"], "nowhere"),
+    (["--pairs", "0"], "--pairs"),
+    (["--pairs", "three"], "--pairs"),
+    (["--collect", "3"], "--collect"),
+    (["--model", "some/model"], "--data"),
+    (["--model", "./no/such/folder", "--data", "p.csv"], "p.csv"),
+    (["--pairs", "3", "--temperature", "0", "--data", "missing.jsonl"], "--temperature"),
+    (["--pairs", "3", "--max-new-tokens", "64", "--max-length", "64"], "--max-new-tokens"),
+    (["--pairs", "3", "--out", "runs/mine"], ".jsonl"),
+    (["--pairs", "3", "--out", "folder.jsonl"], "folder.jsonl"),
+    (["--pairs", "3", "--out", "file/under.jsonl"], "file/under.jsonl"),
+    (["--pairs", "3", "--data", "missing.jsonl"], "missing.jsonl"),
+    (["--pairs", "3", "--adapter", "nowhere"], "nowhere"),
 ])
 def test_bad_input_ends_in_one_line_and_writes_nothing(argv, says, capsys):
     Path("folder.jsonl").mkdir()
     Path("file").write_text("")
     with pytest.raises(SystemExit) as end:
-        reward_model.main(argv)
+        collect.main(argv)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
     assert says in error
@@ -267,7 +273,7 @@ def run(monkeypatch, stdin, *argv):
     """The exit code of a session with the shipped model that reads from stdin."""
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(SystemExit) as end:
-        reward_model.main(["--device", "cpu", "--max-new-tokens", "12", "--collect", *argv])
+        collect.main(["--device", "cpu", "--max-new-tokens", "12", "--pairs", *argv])
     return end.value.code
 
 
@@ -281,23 +287,23 @@ def prompts_file(rows=None):
 
 
 def test_tiny_collects_for_its_prompts_and_trains_on_its_preferences():
-    for argv, file in (["--collect", "1"], "prompts.jsonl"), ([], "preferences.jsonl"):
-        assert Path(reward_model.parse_args(argv).data) == ROOT / "tiny" / file
-    assert reward_model.parse_args(["--collect", "1", "--data", "mine.csv"]).data == "mine.csv"
+    assert Path(collect.parse_args([]).data) == ROOT / "tiny" / "prompts.jsonl"
+    assert collect.parse_args(["--data", "mine.csv"]).data == "mine.csv"
+    args, _ = flags.read("reward_model", "", reward_model.Config, reward_model.TINY, [])
+    assert Path(args.data) == ROOT / "tiny" / "preferences.jsonl"
 
 
 @pytest.mark.parametrize("adapter", [None, "none"])
 def test_answers_are_samples_of_the_adapter(adapter, monkeypatch):
-    """The SFT adapter that tiny/ ships, unless told otherwise; drawn here without --collect."""
+    """The SFT adapter that tiny/ ships, unless told otherwise; drawn here once more."""
     argv = ["1", "--data", prompts_file([{"prompt": PROMPTS[0]}]), "--temperature", "1.5"]
     argv += ["--seed", "5"] + (["--adapter", adapter] if adapter else [])
     assert run(monkeypatch, io.StringIO("a\n"), *argv) == 0
-    args = reward_model.parse_args(["--device", "cpu"])
-    model, tokenizer = common.load_model(args)
+    model, tokenizer = common.load_model("tiny", "cpu")
     lora.load_adapter(model, "sft", ROOT / "tiny" / "sft")
     torch.manual_seed(5)
     with lora.use_adapter(model, None if adapter else "sft"):
-        texts, _ = common.answer(model, tokenizer, [PROMPTS[0]] * 2, 12, 1.5)
+        texts, _ = chat.answer(model, tokenizer, [PROMPTS[0]] * 2, 12, 1.5)
     [row] = lines("collected.jsonl")
     assert {row["a"], row["b"]} == set(texts) and row["adapter"] == (
         None if adapter else str(ROOT / "tiny" / "sft"))
@@ -339,7 +345,7 @@ def test_a_prompt_of_messages_is_shown_with_its_roles_and_can_be_trained_on(monk
     data = prompts_file([{"prompt": turns(i)} for i in range(3)])
     assert run(monkeypatch, io.StringIO("a\nb\n"), "2", "--data", data) == 0
     assert "    assistant: Yes?\n    user: What is rain?" in capsys.readouterr().out
-    train, test = common.load_data("collected.jsonl", NEEDED)
+    train, test = load_data("collected.jsonl", NEEDED)
     assert {json.dumps(row["prompt"]) for row in train + test} <= {
         json.dumps(turns(i)) for i in range(3)}
     assert len(train) == len(test) == 1
@@ -351,15 +357,16 @@ def test_a_prompt_of_messages_is_shown_with_its_roles_and_can_be_trained_on(monk
 
 
 def start(*argv):
-    """(process id, terminal) of reward_model.py in a pseudo-terminal of its own."""
+    """(process id, terminal) of cli.collect in a pseudo-terminal of its own."""
     import pty  # not on Windows
 
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ |= {"HF_DATASETS_CACHE": str(Path.cwd() / "cache"), "OMP_NUM_THREADS": "1"}
+        os.environ |= {"HF_DATASETS_CACHE": str(Path.cwd() / "cache"), "OMP_NUM_THREADS": "1",
+                       "PYTHONPATH": str(ROOT)}
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # children of a background job ignore it
-        script = str(ROOT / "reward_model.py")
-        os.execv(sys.executable, [sys.executable, script, "--max-new-tokens", "24", *argv])
+        command = [sys.executable, "-m", "cli.collect", "--max-new-tokens", "24", *argv]
+        os.execv(sys.executable, command)
     return pid, terminal
 
 
@@ -399,7 +406,7 @@ QUESTION = "quit: "
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_a_session_is_killed_gone_on_with_interrupted_finished_and_trained_on():
     """Through a real terminal, with the shipped model: SIGKILL, a half-written line, Ctrl-C."""
-    argv = ["--collect", "4", "--out", "mine.jsonl"]
+    argv = ["--pairs", "4", "--out", "mine.jsonl"]
     pid, terminal = start(*argv)
     first = screen(terminal, QUESTION)
     os.write(terminal, b"a\n")
@@ -442,7 +449,8 @@ def test_a_session_is_killed_gone_on_with_interrupted_finished_and_trained_on():
     reward_model.main(["--data", "mine.jsonl", "--steps", "2", "--out", "out", "--device", "cpu"])
     trained = lines("out/metrics.jsonl")
     assert len(trained) == 2 and trained[0]["grad_norm"] > 0
-    assert [row["prompt"] for row in lines("out/samples.jsonl")] == [rows[1]["prompt"]]
+    shown = [(row["step"], row["prompt"]) for row in lines("out/samples.jsonl")]
+    assert shown == [(0, rows[1]["prompt"]), (2, rows[1]["prompt"])]
     assert (Path("out") / "adapter_model.safetensors").is_file()
 
 

@@ -1,17 +1,21 @@
 """The pictures: all that a page shows are there, small, well-formed and transparent; the committed
-records obey the equations that they illustrate; and the committed files are what the committed
-records draw."""
+records, and smaller ones made anew, obey the equations that they illustrate; and the committed
+files are what the committed records draw. The comparison: its command lines."""
 
+import importlib
 import importlib.util
 import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
 
 import grpo
+from benchmarks import compare
+from cli import flags
 
 DOCS = ROOT / "docs"
 PICTURES = ("pipeline", "four_models", "clip", "credit", "trust_region", "group",
@@ -27,6 +31,21 @@ def draw():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+SMALL = {"credit": {"steps": 1, "draws": 16}, "group": {},
+         "trust_region": {"around": 4, "side": 3, "answers": 2},
+         "implicit_reward": {"steps": 2, "every": 1, "size": 6, "batch_size": 4}}
+
+
+@pytest.fixture(params=["committed", "made anew"])
+def record(request):
+    """A function from the name of a record to the committed one, or to a smaller one made now."""
+    if request.param == "committed":
+        return RECORDS.__getitem__
+    draw = request.getfixturevalue("draw")
+    flags.quiet()
+    return lambda name: draw.RECORDS[name](**SMALL[name])
 
 
 def comparison():
@@ -85,8 +104,14 @@ def test_the_clip_takes_the_gradient_where_it_has_gained_enough_and_only_there()
                 assert slope == (0 if sign * (ratio - 1) > record["eps"] else -sign)
 
 
-def test_credit_is_the_critics_error_with_lambda_0_and_the_score_less_the_value_with_lambda_1():
-    record = RECORDS["credit"]
+@pytest.mark.parametrize("name", ["clip", "models"])
+def test_what_no_random_number_enters_is_recorded_as_it_is_now(draw, name):
+    assert draw.RECORDS[name]() == RECORDS[name]
+
+
+def test_credit_is_the_critics_error_with_lambda_0_and_the_score_less_the_value_with_lambda_1(
+        record):
+    record = record("credit")
     values, advantages = record["values"], record["advantages"]
     assert len(record["tokens"]) == len(values)
     for t, (value, following) in enumerate(zip(values, [*values[1:], record["score"]])):
@@ -96,30 +121,32 @@ def test_credit_is_the_critics_error_with_lambda_0_and_the_score_less_the_value_
         assert advantages["0.95"][t] == pytest.approx(fading, abs=1e-2)
 
 
-def test_both_steps_go_to_the_same_kl_and_the_natural_one_gains_more():
-    record = RECORDS["trust_region"]
+def test_both_steps_go_to_the_same_kl_and_the_natural_one_gains_more(record):
+    record = record("trust_region")
     for step in record["steps"].values():
         assert step["kl"] == pytest.approx(record["max_kl"], rel=0.01)
     gains = {name: step["gain"] for name, step in record["steps"].items()}
     assert gains["natural"] > gains["gradient"] > 0
-    assert record["gain"][4][4] == pytest.approx(0, abs=1e-6)  # no step, no gain
+    middle = len(record["ticks"]) // 2
+    assert record["gain"][middle][middle] == pytest.approx(0, abs=1e-6)  # no step, no gain
     for whole, half in zip(record["contours"]["1.0"], record["contours"]["0.25"]):
         assert half == pytest.approx([x / 2 for x in whole], rel=0.2, abs=0.01)  # about a square
 
 
-def test_advantages_of_the_group_are_deviations_from_its_mean():
-    record = RECORDS["group"]
+def test_advantages_of_the_group_are_deviations_from_its_mean(record):
+    record = record("group")
     scores = record["scores"]
     mean = sum(scores) / len(scores)
     spread = (sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) ** 0.5
     for score, advantage in zip(scores, record["advantages"], strict=True):
         assert advantage == pytest.approx((score - mean) / (spread + 1e-4), abs=1e-3)
-    assert grpo.parse_args([]).group_size == len(scores) == len(record["answers"])
+    assert grpo.Config().group_size == len(scores) == len(record["answers"])
 
 
-def test_implicit_rewards_start_at_0_and_their_mean_is_that_of_the_pairs():
-    record = RECORDS["implicit_reward"]
-    assert record["means"][0] == [0, 0]
+def test_implicit_rewards_start_at_0_and_their_mean_is_that_of_the_pairs(record):
+    record = record("implicit_reward")
+    assert record["means"][0] == [0, 0] and len(record["means"]) == len(record["steps"])
+    assert all(mean != [0, 0] for mean in record["means"][1:])
     for side in (0, 1):
         mean = sum(pair[side] for pair in record["rewards"]) / len(record["rewards"])
         assert record["means"][-1][side] == pytest.approx(mean, abs=0.01)
@@ -175,6 +202,33 @@ def test_curves_are_means_over_stretches_of_the_runs(draw, tmp_path, monkeypatch
     assert run["kl"] == [9, 29, 49, 69]
     gold = draw.world.gold_score("What is rain?", good)
     assert gold > 0 and run["gold"] == pytest.approx([gold, gold], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------ the comparison
+
+
+@pytest.mark.parametrize("argv, answers", [([], 1600), (["--quick"], 112)])
+def test_runs_of_the_comparison_differ_from_the_defaults_in_what_it_says_they_do(argv, answers):
+    """Each is a command line that its script takes, and looks at as many answers as the others."""
+    runs = compare.plan(compare.parse_args(argv))
+    assert len(runs) == (17 if answers == 1600 else 5)
+    for name, (file, *line) in runs.items():
+        script = importlib.import_module(file.removesuffix(".py"))
+        reward = None if file == "dpo.py" else "needed"
+        _, config = flags.read(
+            script.__name__, script.__doc__, script.Config, script.TINY, line, reward)
+        default = asdict(script.Config(**script.TINY))
+        changed = {key for key, value in asdict(config).items() if value != default[key]}
+        allowed = {"beta"} if "beta" in name else {"seed"}
+        if name == "ppo-long":
+            answers_here, allowed = 2 * answers, {"beta"}
+        else:
+            answers_here = answers
+        assert changed - {"steps", "batch_size"} <= allowed, name
+        assert config.steps * config.batch_size == answers_here, name
+
+
+# ------------------------------------------------------------------------------ details
 
 
 def test_colours_of_credit_are_opposite_and_fade_to_nothing(draw):

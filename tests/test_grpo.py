@@ -1,34 +1,42 @@
+import copy
 import json
 import math
+import signal
+import subprocess
+import sys
+import threading
 from argparse import Namespace
 
 import pytest
 import torch
-from conftest import TARGETS, toy
-from test_ppo import LENGTHS, MASK, Letters, Recorder, logps_alone, noise, sequence, stub_reward
+from conftest import ROOT, TARGETS, toy
 
 import common
 import grpo
 import lora
+from cli import runs
 
 LOSSES, KINDS = ["grpo", "dapo", "dr_grpo", "gspo"], ["k3", "k3-corrected", "k2"]
+MASK = torch.tensor([[1.0, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+LENGTHS = [5, 2, 3, 1]
+
+
+def noise(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ------------------------------------------------------------------------------ tokens
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logps_and_entropy_are_those_of_the_softmax_at_the_temperature(temperature):
+def test_token_logps_are_those_of_the_softmax_at_the_temperature(temperature):
     logits, ids = noise(0, 2, 3, 6) * 3, torch.tensor([[0, 5, 2], [3, 3, 1]])
     logp = grpo.token_logps(logits, ids, temperature)
-    entropy = grpo.token_entropy(logits, temperature)
     for b in range(2):
         for t in range(3):
             weights = [math.exp(x / temperature) for x in logits[b, t].tolist()]
             p = [w / sum(weights) for w in weights]
             assert logp[b, t].item() == pytest.approx(math.log(p[ids[b, t]]), abs=1e-5)
-            h = -sum(x * math.log(x) for x in p)
-            assert entropy[b, t].item() == pytest.approx(h, abs=1e-5)
     huge = torch.tensor([[[1000.0, 0.0, -1000.0]]]).bfloat16()
     logp = grpo.token_logps(huge, torch.tensor([[2]]))
     assert logp.dtype == torch.float32 and logp.item() == pytest.approx(-2000.0)
@@ -102,6 +110,12 @@ def test_k3_keeps_its_digits_where_the_policies_are_close():
     ref, zero = torch.tensor([[1e-3]]), torch.zeros(1, 1)
     k3 = grpo.kl_penalty(zero, zero, ref, torch.ones(1, 1)).item()
     assert k3 == pytest.approx(5e-7 + 1e-9 / 6, rel=1e-3)
+
+
+def test_an_unknown_kind_of_penalty_raises():
+    zero = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="k7"):
+        grpo.kl_penalty(zero, zero, zero, torch.ones(1, 1), "k7")
 
 
 V = 6
@@ -244,17 +258,55 @@ def test_dr_grpo_without_a_length_and_an_unknown_loss_raise(loss):
         grpo.grpo_loss(zero, zero, zero, torch.ones(1), torch.ones(1, 1), loss=loss)
 
 
+# ------------------------------------------------------------------------------ Config
+
+
+@pytest.mark.parametrize("fields, flag", [
+    ({"temperature": 0.0}, "--temperature"), ({"group_size": 1}, "--group-size"),
+    ({"max_new_tokens": 64, "max_length": 64}, "--max-new-tokens"),
+    ({"batch_size": 6, "group_size": 4}, "--batch-size"),
+    ({"batch_size": 8, "group_size": 4, "minibatches": 4}, "--minibatches"),
+])
+def test_a_config_that_cannot_work_raises_and_names_the_flag(fields, flag):
+    with pytest.raises(ValueError, match=flag):
+        grpo.Config(**fields)
+
+
 # ------------------------------------------------------------------------------ rollout
+
+
+class Letters:
+    """The least of a tokenizer: a letter is a token, 1 is BOS, 2 is EOS."""
+
+    chat_template, eos_token_id = None, 2
+
+    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
+        ids = [3 + ord(c) % 61 for c in text]
+        return Namespace(input_ids=[1] * add_special_tokens + ids)
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["".join(chr(32 + i) for i in row if i > 2) for row in rows]
 
 
 G = 3
 PROMPTS = [{"prompt": "a" * n, "number": n} for n in (1, 30, 9)]
 ROWS = [row for row in PROMPTS for _ in range(G)]
-ARGS = dict(
-    max_length=64, max_new_tokens=20, temperature=0.7, adapter="sft", missing_eos_score=-3.0,
-    ppo_epochs=1, minibatches=1, micro_batch_size=len(ROWS), clip_low=0.2, clip_high=0.2,
-    beta=0.3, kl_in="loss", kl="k3", loss="grpo",
+B = len(ROWS)
+CONFIG = dict(
+    batch_size=B, group_size=G, max_length=64, max_new_tokens=20, temperature=0.7, beta=0.3,
+    lora_rank=4,
 )
+
+
+def stub_reward(prompts, responses, rows):
+    return [row["number"] / 10 + len(response) for row, response in zip(rows, responses)]
+
+
+def fill(model, *names):
+    """Gives adapters values of which none is zero, so that no two of them are the same model."""
+    for name in names:
+        for layer in lora.lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B[name], std=0.2)
 
 
 def add_adapters(model, kind, *names):
@@ -262,8 +314,7 @@ def add_adapters(model, kind, *names):
     model.generation_config.eos_token_id = list(range(2, 18))
     for name in names:
         lora.add_adapter(model, name, 4, targets=TARGETS[kind], trainable=name == names[0])
-        for layer in lora.lora_layers(model).values():
-            torch.nn.init.normal_(layer.lora_B[name], std=0.2)
+        fill(model, name)
 
 
 @pytest.fixture
@@ -274,61 +325,139 @@ def actor(kind):
     return model
 
 
-def collect(model, **flags):
-    """A rollout with its advantages, as the main loop makes it."""
-    args, generator = Namespace(**{**ARGS, **flags}), torch.Generator().manual_seed(3)
-    batch = grpo.rollout(model, Letters(), PROMPTS, G, stub_reward, generator, args)
-    adv = grpo.group_advantages(batch["score"].view(-1, G)).flatten()
-    return batch | {"adv": adv}, args, lora.adapter_parameters(model, "policy")
+def collect(model, reward=stub_reward, reference="reference", **fields):
+    """A rollout with its advantages, as `train` makes it, and the config."""
+    config, generator = grpo.Config(**{**CONFIG, **fields}), torch.Generator().manual_seed(3)
+    batch, texts = grpo.rollout(model, Letters(), PROMPTS, reward, config, generator, G,
+                                reference=reference)
+    batch["adv"] = grpo.group_advantages(batch["score"].view(-1, G)).flatten()
+    return batch, texts, config
+
+
+def sequence(batch, b):
+    """(prompt ids, answer ids) of row b, without padding."""
+    i = b // (len(batch["y"]) // len(batch["x"]))
+    prompt = batch["x"][i][batch["x_mask"][i] == 1].tolist()
+    return prompt, batch["y"][b, : int(batch["mask"][b].sum())].tolist()
+
+
+def logits_alone(model, adapter, prompt, answer):
+    """The logits [n, V] that predict an answer of n tokens, unpadded, in a pass of its own."""
+    with lora.use_adapter(model, adapter):
+        return model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+
+
+def logps_alone(model, adapter, prompt, answer, temperature):
+    logp = (logits_alone(model, adapter, prompt, answer) / temperature).log_softmax(-1)
+    return torch.stack([logp[t, token] for t, token in enumerate(answer)])
 
 
 def test_the_rollout_has_unequal_prompts_an_early_eos_and_spread(actor):
-    """The premise of the tests below."""
+    """The premise of the tests below. The answers to one prompt stand side by side."""
     batch, *_ = collect(actor)
-    P = batch["ids"].shape[1] - batch["mask"].shape[1]
-    assert len(set(batch["attention"][:, :P].sum(1).tolist())) == len(PROMPTS)
-    assert batch["mask"].sum(1).min() < batch["mask"].shape[1] < ARGS["max_new_tokens"]
+    assert batch["x"].shape == batch["x_mask"].shape and len(batch["x"]) == len(PROMPTS)
+    assert len(set(batch["x_mask"].sum(1).tolist())) == len(PROMPTS)
+    assert len(batch["y"]) == B and batch["mask"].sum(1).min() < batch["mask"].shape[1]
+    assert batch["mask"].shape[1] < CONFIG["max_new_tokens"]
+    assert len(set(map(tuple, batch["y"].tolist()))) == B
     assert (batch["adv"].view(-1, G).abs().amax(1) > 0.1).all()
 
 
-@pytest.mark.parametrize("adapter, reference, micro, max_length", [
-    ("sft", "reference", 9, 64), (None, None, 4, 32),
+@pytest.mark.parametrize("reference, micro, max_length", [
+    ("reference", None, 64), (None, 4, 32), ("reference", 2, 64),
 ])
 @torch.no_grad()
-def test_rollout_logps_are_those_of_each_row_alone(actor, adapter, reference, micro, max_length):
-    """Unpadded, at the sampling temperature, whatever the micro-batch; without --adapter the
-    reference is the base. A long prompt loses its beginning. A response stops at its first stop
-    token, else it scores -3."""
-    batch, args, _ = collect(
-        actor, adapter=adapter, micro_batch_size=micro, max_new_tokens=4, max_length=max_length)
-    kl, entropy, stopped = [], [], []
+def test_rollout_logps_are_those_of_each_row_alone(actor, reference, micro, max_length):
+    """Unpadded, at the sampling temperature, whatever the micro-batch; with reference None it is
+    the base. A long prompt loses its beginning. A response stops at its first stop token, else it
+    scores -3."""
+    batch, texts, config = collect(
+        actor, reference=reference, micro_batch_size=micro, max_new_tokens=4, max_length=max_length)
+    kl, entropy, surprise, stopped = [], [], [], []
     for b, row in enumerate(ROWS):
-        ids, n = sequence(batch, b)
-        whole = Letters()(f"User: {row['prompt']}\n\nAssistant: ").input_ids
-        assert ids[:-n] == whole[-(max_length - 4):]
-        for key, name in (("logp", "policy"), ("logp_ref", reference)):
-            alone = logps_alone(actor, name, ids, n, args.temperature)
+        prompt, answer = sequence(batch, b)
+        whole, n = Letters()(f"User: {row['prompt']}\n\nAssistant:").input_ids, len(answer)
+        assert prompt == whole[-(max_length - 4):]
+        for key, name in (("logp_old", "policy"), ("logp_ref", reference)):
+            alone = logps_alone(actor, name, prompt, answer, config.temperature)
             assert torch.allclose(batch[key][b, :n], alone, atol=1e-5)
-        kl.append((batch["logp"][b, :n] - batch["logp_ref"][b, :n]).sum().item())
-        with lora.use_adapter(actor, "policy"):
-            logits = actor(torch.tensor([ids])).logits[0, -n - 1 : -1] / args.temperature
-        entropy += torch.distributions.Categorical(logits=logits).entropy().tolist()
-        stopped.append(2 <= ids[-1] < 18)
-        assert not any(2 <= i < 18 for i in ids[-n:-1]) and (stopped[b] or n == 4)
-        score = row["number"] / 10 + len(batch["responses"][b]) if stopped[b] else -3.0
+        kl.append((batch["logp_old"][b, :n] - batch["logp_ref"][b, :n]).sum().item())
+        logits = logits_alone(actor, "policy", prompt, answer) / config.temperature
+        exact_entropy = torch.distributions.Categorical(logits=logits).entropy()
+        assert torch.allclose(batch["entropy"][b, :n], exact_entropy, atol=1e-5)
+        entropy += exact_entropy.tolist()
+        surprise += (-batch["logp_old"][b, :n]).tolist()
+        stopped.append(2 <= answer[-1] < 18)
+        assert not any(2 <= i < 18 for i in answer[:-1]) and (stopped[b] or n == 4)
+        score = row["number"] / 10 + len(texts[b]) if stopped[b] else -3.0
         assert batch["score"][b].item() == pytest.approx(score, abs=1e-5)
-    score = batch["score"].tolist()
-    mean, B = sum(score) / len(score), len(ROWS)
-    assert 0 < sum(stopped) < B and batch["stats"] == pytest.approx({
+        for key in ("y", "logp_old", "logp_ref", "entropy"):  # nothing after the end
+            assert batch[key][b, n:].abs().sum() == 0
+    score, T = batch["score"].tolist(), len(entropy)
+    mean, excess = sum(score) / len(score), [s - h for s, h in zip(surprise, entropy)]
+    assert batch["ended"].tolist() == stopped
+    assert 0 < sum(stopped) < B and grpo.rollout_stats(batch) == pytest.approx({
         "score": mean, "score_std": math.sqrt(sum((s - mean) ** 2 for s in score) / B),
-        "kl": sum(kl) / B, "entropy": sum(entropy) / len(entropy), "eos_rate": sum(stopped) / B,
-        "length": len(entropy) / B,
+        "kl": sum(kl) / B, "entropy": sum(entropy) / T, "surprise": sum(surprise) / T,
+        "surprise_z": sum(excess) / math.sqrt(sum(e * e for e in excess)),
+        "eos_rate": sum(stopped) / B, "length": T / B,
     }, abs=1e-4)
+
+
+@torch.no_grad()
+def test_missing_eos_score_none_leaves_every_answer_the_score_of_the_reward(actor):
+    """With a number, and the same random numbers, that number replaces it where no EOS came."""
+    fixed, texts, _ = collect(actor, max_new_tokens=4, missing_eos_score=-7.0)
+    own, same, _ = collect(actor, max_new_tokens=4, missing_eos_score=None)
+    expected = [row["number"] / 10 + len(text) for row, text in zip(ROWS, texts)]
+    assert same == texts and own["score"].tolist() == pytest.approx(expected, abs=1e-5)
+    assert 0 < fixed["ended"].sum() < B
+    for number, score, ended in zip(expected, fixed["score"].tolist(), fixed["ended"].tolist()):
+        assert score == pytest.approx(number if ended else -7.0, abs=1e-5)
+    zero, *_ = collect(actor, max_new_tokens=4, missing_eos_score=0.0)  # a number like any other
+    assert zero["score"].tolist() == (fixed["score"] * fixed["ended"]).tolist()
+
+
+@torch.no_grad()
+def test_a_reward_by_name_scores_the_sampled_ids_of_each_row_alone(actor):
+    """The head reads the state after the last token of the answer, to 1e-5."""
+    batch, *_ = collect(actor, reward="reward", missing_eos_score=None)
+    for b in range(B):
+        prompt, answer = sequence(batch, b)
+        with lora.use_adapter(actor, "reward"):
+            hidden = actor.base_model(torch.tensor([prompt + answer])).last_hidden_state[0, -1]
+        expected = (hidden * actor.heads["reward"].weight[0]).sum().item()
+        assert batch["score"][b].item() == pytest.approx(expected, abs=1e-5)
+    assert batch["score"].std() > 0.1
+
+
+@torch.no_grad()
+def test_a_reward_function_is_given_one_prompt_text_and_row_per_answer(actor):
+    """G times each prompt, messages joined to a string, in the order of the answers."""
+    rows = [{"prompt": "Why?", "n": 1}, {"prompt": [{"role": "system", "content": "Be brief."},
+                                                  {"role": "user", "content": "So?"}], "n": 2}]
+    seen = []
+
+    def reward(prompts, responses, rows):
+        seen.append((prompts, responses, rows))
+        return [0] * len(responses)
+
+    _, texts = grpo.rollout(
+        actor, Letters(), rows, reward, grpo.Config(**CONFIG), torch.Generator(), 2)
+    repeated = [rows[0], rows[0], rows[1], rows[1]]
+    assert seen == [(["Why?", "Why?", "Be brief.\nSo?", "Be brief.\nSo?"], texts, repeated)]
+
+
+@pytest.mark.parametrize("bad", [[1.0], [math.nan] * B])
+def test_a_reward_of_another_length_or_without_a_number_raises(actor, bad):
+    with pytest.raises(ValueError, match=f"reward returned .* for {B} responses"):
+        collect(actor, reward=lambda *_: bad)
 
 
 def test_save_samples_writes_one_line_a_response(tmp_path):
     for step in (0, 7):
-        common.save_samples(tmp_path, step, PROMPTS[:2], ["x", "y"], [1.5, -3.0])
+        found = grpo.samples(PROMPTS[:2], ["x", "y"], torch.tensor([1.5, -3.0]))
+        runs.save_samples(Namespace(out=tmp_path), step, found)
     found = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert found == [{"step": step, "prompt": p, "response": r, "score": s} for step in (0, 7)
                      for p, r, s in (("a", "x", 1.5), ("a" * 30, "y", -3.0))]
@@ -337,100 +466,214 @@ def test_save_samples_writes_one_line_a_response(tmp_path):
 # ------------------------------------------------------------------------------ update
 
 
-@pytest.mark.parametrize("flags", [{"micro_batch_size": 4}, {"minibatches": 3, "loss": "gspo"}])
-def test_first_minibatch_after_a_rollout_has_ratio_1(actor, flags):
-    """|ratio - 1| < 1e-4, nothing clipped, approx KL 0; after a step none of it holds."""
-    batch, args, parameters = collect(actor, ppo_epochs=3, clip_low=1e-3, clip_high=1e-3, **flags)
-    stats = grpo.update(actor, parameters, torch.optim.Adam(parameters, lr=1e-2), batch, args)
-    assert stats["first"]["ratio_error"] < 1e-4 and stats["first"]["clip_fraction"] == 0.0
-    assert abs(stats["first"]["approx_kl"]) < 1e-8
-    assert stats["approx_kl"] > 1e-6 and stats["clip_fraction"] > 0 and stats["ratio_max"] > 1.001
+class Recorder:
+    """An optimizer that keeps the gradients and moves nothing."""
+
+    def __init__(self, parameters):
+        self.parameters, self.steps = parameters, []
+
+    def step(self):
+        self.steps.append(torch.cat([p.grad.flatten() for p in self.parameters]).clone())
+
+    def zero_grad(self):
+        for p in self.parameters:
+            p.grad = None
+
+
+def update(model, optimizer, batch, config):
+    return grpo.update(model, optimizer, batch, config, torch.Generator().manual_seed(0))
+
+
+def flat_gradient(loss, parameters):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"micro_batch_size": 4}, {"micro_batch_size": 2}, {"minibatches": 3, "loss": "gspo"},
+])
+def test_before_the_first_step_sampler_and_scorer_agree(actor, fields):
+    """|log pi - log pi_old| < 1e-4 with prompts that are shared, of unequal length, and answers
+    that end early. After the steps the policy has moved, and the statistics of the drift say so."""
+    batch, _, config = collect(actor, ppo_epochs=3, clip_low=1e-3, clip_high=1e-3, **fields)
+    parameters = lora.adapter_parameters(actor, "policy")
+    still = grpo.drift(actor, batch, config)
+    assert still["clip_fraction"] == 0.0 and abs(still["approx_kl"]) < 1e-8
+    assert abs(still["ratio_max"] - 1) < 1e-4
+    stats = update(actor, torch.optim.Adam(parameters, lr=1e-2), batch, config)
+    assert 0 < stats["log_ratio_max"] < 1e-4
+    moved = grpo.drift(actor, batch, config)
+    assert moved["approx_kl"] > 1e-6 and moved["clip_fraction"] > 0 and moved["ratio_max"] > 1.001
+
+
+@pytest.mark.parametrize("name", ["temperature", "position"])
+def test_a_scorer_that_differs_from_the_sampler_shows_in_log_ratio_max(actor, name):
+    """A batch whose log pi_old comes from another temperature, or from prompts with another
+    padding taken for text, is told apart by far more than the 1e-4 of the test above."""
+    batch, _, config = collect(actor)
+    if name == "temperature":
+        config = grpo.Config(**{**CONFIG, "temperature": 1.0})
+    else:
+        batch["x_mask"] = torch.ones_like(batch["x_mask"])
+    stats = update(actor, Recorder(lora.adapter_parameters(actor, "policy")), batch, config)
+    assert stats["log_ratio_max"] > 1e-2
+
+
+@pytest.mark.parametrize("row", range(B))
+def test_log_ratio_max_is_the_largest_of_all_micro_batches(actor, row):
+    """One token of one answer is off, by 0.7 nats, whichever micro-batch it is in."""
+    batch, _, config = collect(actor, micro_batch_size=2)
+    batch["logp_old"][row, 0] += 0.7
+    stats = update(actor, Recorder(lora.adapter_parameters(actor, "policy")), batch, config)
+    assert stats["log_ratio_max"] == pytest.approx(0.7, abs=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"micro_batch_size": 2}, {"minibatches": 3}])
+def test_on_a_bf16_base_they_agree_up_to_the_rounding_of_bf16(kind, fields):
+    """Where another shape rounds otherwise, by 2^-8 of a logit, and these are around 1."""
+    model = toy(kind).to(torch.bfloat16)
+    add_adapters(model, kind, "policy", "reference")
+    batch, _, config = collect(model, **fields)
+    stats = update(model, Recorder(lora.adapter_parameters(model, "policy")), batch, config)
+    assert stats["log_ratio_max"] < 2**-5
 
 
 @pytest.mark.parametrize("ratio, low, high, clipped", [
     (1.5, 0.2, 0.4, 1.0), (1.5, 0.2, 0.6, 0.0), (0.7, 0.4, 0.2, 0.0), (0.7, 0.2, 0.4, 1.0),
 ])
-def test_update_statistics_of_a_known_shift(actor, ratio, low, high, clipped):
+@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+def test_drift_of_a_known_shift(actor, loss, ratio, low, high, clipped):
     """Every token's ratio is known, so is k3 = rho - 1 - ln rho."""
-    batch, args, parameters = collect(actor, micro_batch_size=2, clip_low=low, clip_high=high)
-    batch["logp"] = batch["logp"] - math.log(ratio)
-    stats = grpo.update(actor, parameters, Recorder(parameters), batch, args)
-    assert stats["clip_fraction"] == pytest.approx(clipped, abs=1e-6)
-    assert max(1.0, stats["ratio_max"]) == pytest.approx(max(1.0, ratio), abs=1e-4)
-    assert stats["approx_kl"] == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-4)
+    batch, _, config = collect(
+        actor, micro_batch_size=2, clip_low=low, clip_high=high, loss=loss)
+    batch["logp_old"] = (batch["logp_old"] - math.log(ratio)) * batch["mask"]
+    found = grpo.drift(actor, batch, config)
+    assert found["clip_fraction"] == pytest.approx(clipped, abs=1e-6)
+    assert max(1.0, found["ratio_max"]) == pytest.approx(max(1.0, ratio), abs=1e-4)
+    assert found["approx_kl"] == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-4)
+    stats = update(actor, Recorder(lora.adapter_parameters(actor, "policy")), batch, config)
+    assert stats["log_ratio_max"] == pytest.approx(abs(math.log(ratio)), abs=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["dapo", "gspo"])
+def test_drift_is_measured_on_the_whole_batch_after_the_update(actor, loss):
+    """k3, and the share of tokens outside the clip range, of each row alone; in gspo all tokens of
+    an answer are outside or none."""
+    batch, _, config = collect(
+        actor, ppo_epochs=2, micro_batch_size=4, loss=loss, clip_low=0.02, clip_high=0.06)
+    parameters = lora.adapter_parameters(actor, "policy")
+    update(actor, torch.optim.Adam(parameters, lr=3e-3), batch, config)
+    found, k3, ratios = grpo.drift(actor, batch, config), [], []
+    for b in range(B):
+        prompt, answer = sequence(batch, b)
+        with torch.no_grad():
+            logp = logps_alone(actor, "policy", prompt, answer, config.temperature)
+        d = (logp - batch["logp_old"][b, : len(answer)]).double()
+        k3 += (d.exp() - 1 - d).tolist()
+        ratios += [d.mean().exp().item()] * len(d) if loss == "gspo" else d.exp().tolist()
+    outside = [not 0.98 <= r <= 1.06 for r in ratios]
+    assert 0 < sum(outside) < len(outside)
+    assert found == pytest.approx({
+        "approx_kl": sum(k3) / len(k3), "clip_fraction": sum(outside) / len(outside),
+        "ratio_max": max(ratios)}, rel=1e-3)
 
 
 @pytest.mark.parametrize("loss, kl_in", [*((loss, "loss") for loss in LOSSES), ("grpo", "reward")])
 def test_first_gradient_is_the_policy_gradient_with_or_without_the_kl(actor, loss, kl_in):
     """-sum w_i (A_i + beta (pi_ref/pi - 1)) grad log pi, row by row, unpadded; with --kl-in reward
     beta stays out of it."""
-    batch, args, parameters = collect(actor, loss=loss, kl_in=kl_in, micro_batch_size=4)
-    B, tokens, surrogate = len(ROWS), batch["mask"].sum().item(), 0.0
+    batch, _, config = collect(actor, loss=loss, kl_in=kl_in, micro_batch_size=4)
+    parameters = lora.adapter_parameters(actor, "policy")
+    tokens, surrogate = batch["mask"].sum().item(), 0.0
     for b in range(B):
-        ids, n = sequence(batch, b)
+        ids, n = sequence(batch, b), len(sequence(batch, b)[1])
         weight = {"dapo": 1 / tokens, "dr_grpo": 1 / (B * 20)}.get(loss, 1 / (B * n))
-        logp = logps_alone(actor, "policy", ids, n, args.temperature)
-        pull = (logps_alone(actor, "reference", ids, n, args.temperature) - logp).exp().detach() - 1
-        gain = batch["adv"][b] + (args.beta * pull if kl_in == "loss" else 0.0)
+        logp = logps_alone(actor, "policy", *ids, config.temperature)
+        pull = (logps_alone(actor, "reference", *ids, config.temperature) - logp).exp() - 1
+        gain = batch["adv"][b] + (config.beta * pull.detach() if kl_in == "loss" else 0.0)
         surrogate = surrogate - weight * (gain * logp).sum()
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(surrogate, parameters)])
+    expected = flat_gradient(surrogate, parameters)
     recorder = Recorder(parameters)
-    stats = grpo.update(actor, parameters, recorder, batch, args)
+    stats = update(actor, recorder, batch, config)
     assert stats["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
     expected = expected * min(1.0, 1.0 / expected.norm().item())
     assert torch.allclose(recorder.steps[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss, micro, minibatches, kl", [
-    ("grpo", 4, 1, "k3"), ("dapo", 2, 3, "k2"), ("dr_grpo", 4, 1, "k3-corrected"),
-    ("gspo", 1, 3, "k3-corrected"),
+def gradients_alone(model, batch, config, parameters):
+    """(value, gradient) of each update: the loss of rows that were read alone and unpadded, for the
+    minibatches over prompts that a generator with seed 0 deals out."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(config.ppo_epochs):
+        for groups in torch.randperm(len(PROMPTS), generator=generator).chunk(config.minibatches):
+            rows = [int(i) * G + j for i in groups for j in range(G)]
+            alone = [logps_alone(model, "policy", *sequence(batch, b), config.temperature)
+                     for b in rows]
+            R = max(map(len, alone))
+            logp = torch.stack([torch.nn.functional.pad(x, (0, R - len(x))) for x in alone])
+            old, ref, mask = (batch[key][rows, :R] for key in ("logp_old", "logp_ref", "mask"))
+            value = grpo.grpo_loss(
+                logp, old, ref, batch["adv"][rows], mask, config.clip_low, config.clip_high,
+                config.beta, config.loss, config.max_new_tokens, config.kl)
+            if config.loss == "dapo":  # every token of the batch has the same weight
+                value = value * mask.sum() / (batch["mask"].sum() / config.minibatches)
+            found.append((value.item(), flat_gradient(value, parameters)))
+    return found
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4, 6, None])
+@pytest.mark.parametrize("loss, minibatches, kl", [
+    ("grpo", 1, "k3"), ("dapo", 1, "k2"), ("dr_grpo", 1, "k3-corrected"), ("gspo", 1, "k3"),
+    ("grpo", 3, "k3-corrected"), ("dapo", 3, "k2"), ("dr_grpo", 3, "k3"), ("gspo", 3, "k2"),
 ])
 def test_micro_batches_give_the_gradient_of_the_whole(actor, loss, micro, minibatches, kl):
-    """To 1e-6, and its statistics, away from ratio 1, with rows of unequal length."""
-    batch, args, parameters = collect(
+    """To 1e-5 of its norm, and the mean loss, away from ratio 1, with rows of unequal length. A
+    micro-batch is two groups (6), one group (4), or a part of one group (2, 1)."""
+    batch, _, config = collect(
         actor, loss=loss, minibatches=minibatches, kl=kl, ppo_epochs=2, micro_batch_size=micro,
         clip_low=0.02, clip_high=0.06)
-    ids, mask, R = batch["ids"], batch["mask"], batch["mask"].shape[1]
-    batch["logp"] = batch["logp"] + 0.1 * noise(12, *mask.shape)
-    recorder, expected, seen = Recorder(parameters), [], []
-    torch.manual_seed(0)
-    stats = grpo.update(actor, parameters, recorder, batch, args)
-    torch.manual_seed(0)
-    for rows in [r for _ in range(2) for r in torch.randperm(len(ROWS)).chunk(minibatches)]:
-        with lora.use_adapter(actor, "policy"):
-            states = common.response_states(actor, ids[rows], batch["attention"][rows], R)
-        logp = grpo.token_logps(
-            common.logits_of(actor, states), ids[rows][:, -R:], args.temperature)
-        old, ref, adv = (batch[key][rows] for key in ("logp", "logp_ref", "adv"))
-        value = grpo.grpo_loss(logp, old, ref, adv, mask[rows], 0.02, 0.06, 0.3, loss, 20, kl)
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
-        norm, rho = gradient.norm().item(), (logp - old)[mask[rows] > 0].detach().exp()
-        expected.append(gradient / max(1.0, norm))
-        clipped = rho
-        if loss == "gspo":  # the whole answer is, or none of it
-            clipped = torch.cat([w.log().mean().exp().expand(len(w))
-                                 for w in rho.split(mask[rows].sum(1).int().tolist())])
-        outside = ((clipped < 0.98) | (clipped > 1.06)).float().mean().item()
-        seen.append([value.item(), norm, outside, (rho - 1 - rho.log()).mean().item()])
+    batch["logp_old"] = (batch["logp_old"] + 0.1 * noise(12, *batch["mask"].shape)) * batch["mask"]
+    parameters = lora.adapter_parameters(actor, "policy")
+    expected = gradients_alone(actor, batch, config, parameters)
+    recorder = Recorder(parameters)
+    stats = update(actor, recorder, batch, config)
     assert len(recorder.steps) == len(expected) == 2 * minibatches
-    for a, b in zip(recorder.steps, expected):
-        assert (a - b).abs().max().item() < 1e-6 and b.norm() > 1e-3
-    means = [sum(column) / len(seen) for column in zip(*seen)]
-    found = [stats[key] for key in ("loss", "grad_norm", "clip_fraction", "approx_kl")]
-    assert found == pytest.approx(means, rel=1e-4, abs=1e-6)
+    for found, (_, gradient) in zip(recorder.steps, expected):
+        gradient = gradient / max(1.0, gradient.norm().item())  # as it is clipped
+        assert gradient.norm() > 1e-3 and (found - gradient).norm() < 1e-5 * gradient.norm()
+        assert (found - gradient).abs().max().item() < 1e-6
+    values, norms = zip(*((value, gradient.norm().item()) for value, gradient in expected))
+    means = [sum(values) / len(values), sum(norms) / len(norms)]
+    assert [stats["loss"], stats["grad_norm"]] == pytest.approx(means, rel=1e-4, abs=1e-6)
+
+
+def test_the_answers_of_a_group_share_one_reading_of_their_prompt(actor):
+    """In whole groups a prompt goes through the model once. A part of a group reads it again."""
+    batch, _, config = collect(actor)
+    read = []
+    hook = actor.register_forward_pre_hook(
+        lambda module, args, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    P, R = batch["x"].shape[1], batch["y"].shape[1]
+    recorder = Recorder(lora.adapter_parameters(actor, "policy"))
+    update(actor, recorder, batch, config)
+    assert read == [(len(PROMPTS), P), (B, R)]
+    read.clear()
+    update(actor, recorder, batch, grpo.Config(**CONFIG, micro_batch_size=2))
+    hook.remove()
+    assert [rows for rows, _ in read] == [1, 2, 1] * len(PROMPTS)
 
 
 def test_update_moves_the_policy_and_nothing_else_towards_the_better_answers(actor):
     """sum of A log pi rises; base, reference and reward model stay bit for bit what they were."""
-    batch, args, parameters = collect(actor, ppo_epochs=4, beta=0.0, clip_low=0.9, clip_high=9.0)
+    batch, _, config = collect(actor, ppo_epochs=4, beta=0.0, clip_low=0.9, clip_high=9.0)
+    parameters = lora.adapter_parameters(actor, "policy")
 
     @torch.no_grad()
     def gain():
         return sum((batch["adv"][b] * logps_alone(actor, "policy", *sequence(batch, b), 0.7)).sum()
-                   for b in range(len(ROWS))).item()
+                   for b in range(B)).item()
 
     before, first = {k: p.detach().clone() for k, p in actor.named_parameters()}, gain()
-    grpo.update(actor, parameters, torch.optim.Adam(parameters, lr=3e-3), batch, args)
+    update(actor, torch.optim.Adam(parameters, lr=3e-3), batch, config)
     own = {id(p) for p in parameters}
     for name, p in actor.named_parameters():
         assert torch.equal(p, before[name]) == (id(p) not in own), name
@@ -442,31 +685,230 @@ class Enough(Exception):
 
 
 @pytest.mark.parametrize("kl_in, beta", [("loss", 0.0), ("reward", 0.3)])
-def test_main_compares_answers_to_one_prompt_and_takes_the_kl_off_their_scores(
-        kind, kl_in, beta, monkeypatch, tmp_path):
+def test_train_compares_answers_to_one_prompt_and_takes_the_kl_off_their_scores(
+        kind, kl_in, beta, monkeypatch):
     """What reaches the update: G answers a prompt in a row, r_i less beta KL_i, leave-one-out."""
     model, seen = toy(kind), {}
-    monkeypatch.setattr(common, "load_data", lambda *_: (PROMPTS, PROMPTS[:1]))
-    monkeypatch.setattr(common, "load_model", lambda args: (model, Letters()))
-    monkeypatch.setattr(common, "load_reward", lambda *_: stub_reward)
-    monkeypatch.setattr(common, "start_adapter", lambda *_: add_adapters(model, kind, "policy"))
+    add_adapters(model, kind, "policy", "reference")
 
-    def update(model, parameters, optimizer, batch, args):
+    def stop(model, optimizer, batch, *_):
         seen.update(batch)
         raise Enough
 
-    monkeypatch.setattr(grpo, "update", update)
-    flags = f"--adapter none --adv loo --beta 0.3 --kl-in {kl_in} --batch-size 6 --group-size 3"
+    monkeypatch.setattr(grpo, "update", stop)
+    config = grpo.Config(
+        adv="loo", beta=0.3, kl_in=kl_in, batch_size=6, group_size=3, max_length=64,
+        max_new_tokens=9)
     with pytest.raises(Enough):
-        grpo.main([*flags.split(), "--max-length", "64", "--max-new-tokens", "9", "--device", "cpu",
-                   "--out", str(tmp_path / "run")])
+        grpo.train(model, Letters(), PROMPTS, stub_reward, config)
     rewards, kl = seen["score"].tolist(), []
     for b in range(6):
-        ids, n = sequence(seen, b)
-        assert ids[:-n] == sequence(seen, b - b % 3)[0][:len(ids) - n]
-        kl.append(sum((seen["logp"][b, t] - seen["logp_ref"][b, t]).item() for t in range(n)))
+        prompt, answer = sequence(seen, b)
+        assert prompt == sequence(seen, b - b % 3)[0]
+        kl.append(sum((seen["logp_old"][b, t] - seen["logp_ref"][b, t]).item()
+                      for t in range(len(answer))))
         rewards[b] -= beta * kl[b]
     for b, r in enumerate(rewards):
         others = [rewards[i] for i in range(6) if i // 3 == b // 3 and i != b]
         assert seen["adv"][b].item() == pytest.approx(r - sum(others) / 2, abs=1e-4)
     assert max(map(abs, kl)) > 0.1 and len({len(sequence(seen, b)[0]) for b in range(6)}) > 1
+
+
+# ------------------------------------------------------------------------------ train
+
+
+KEYS = {  # of metrics.jsonl
+    "step", "seconds", "lr", "score", "score_std", "kl", "entropy", "eos_rate", "length", "loss",
+    "ratio_max", "approx_kl", "clip_fraction", "grad_norm", "zero_std_groups"}
+NEW_KEYS = {"surprise", "surprise_z", "log_ratio_max"}
+RUN = dict(CONFIG, steps=4, batch_size=6, lr=1e-2, minibatches=2, max_new_tokens=6,
+           micro_batch_size=4)
+
+
+def without_seconds(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def values_of(model, name):
+    return [p.detach().clone() for p in lora.adapter_parameters(model, name)]
+
+
+def equal(a, b):
+    """Whether two lists of tensors are the same, bit for bit."""
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def in_a_thread(function, *args):
+    """What `function` returns in a thread that is not the main one."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function(*args)))
+    thread.start()
+    thread.join()
+    assert found, "it raised"
+    return found[0]
+
+
+def run(model, log=None, state=None, **fields):
+    """`train` on the toy. Of a new adapter one token in four ends an answer."""
+    model.generation_config.eos_token_id = list(range(2, 18))
+    config = grpo.Config(**{**RUN, **fields})
+    return grpo.train(model, Letters(), PROMPTS, stub_reward, config, log, state)
+
+
+def test_train_returns_one_row_a_step_with_the_keys_of_metrics_jsonl(kind, capfd):
+    """It hands the same rows to log with G samples a prompt, and writes nothing to stdout."""
+    seen = []
+    history = run(toy(kind), log=lambda row, samples, state: seen.append((row, samples, state)))
+    assert [row["step"] for row in history] == [0, 1, 2, 3]
+    assert all(set(row) == KEYS | NEW_KEYS for row in history)
+    assert all(math.isfinite(value) for row in history for value in row.values())
+    assert [row for row, _, _ in seen] == history and capfd.readouterr().out == ""
+    for row, samples, state in seen:
+        assert state["step"] == row["step"] + 1 and len(samples) == 6
+        assert [s["prompt"] for s in samples] == [samples[i - i % G]["prompt"] for i in range(6)]
+        assert sum(s["score"] for s in samples) / 6 == pytest.approx(row["score"], abs=1e-4)
+        assert all(isinstance(s["response"], str) for s in samples)
+
+
+def test_the_first_row_of_a_new_adapter_has_no_kl_and_agrees_with_the_sampler(kind):
+    """The reference is the bare base then, and the policy still is the reference."""
+    row = run(toy(kind), steps=1)[0]
+    assert abs(row["kl"]) < 1e-4 and row["log_ratio_max"] < 1e-4
+
+
+def test_train_in_a_thread_returns_what_it_returns_in_the_main_one(kind):
+    """And it leaves the random numbers of the caller and every signal handler as they were."""
+    torch.manual_seed(11)
+    before, handlers = torch.get_rng_state(), [signal.getsignal(s) for s in signal.valid_signals()]
+    models = toy(kind), toy(kind)
+    torch.set_rng_state(before)
+    main, thread = run(models[0]), in_a_thread(run, models[1])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [signal.getsignal(s) for s in signal.valid_signals()] == handlers
+    assert without_seconds(main) == without_seconds(thread)
+    assert equal(*(values_of(model, "policy") for model in models))
+
+
+def test_a_new_adapter_does_not_depend_on_the_random_numbers_of_the_caller(kind):
+    """Only on the seed of the config."""
+    found = []
+    for caller, seed in ((1, 0), (2, 0), (1, 5)):
+        model = toy(kind)
+        torch.manual_seed(caller)
+        run(model, steps=1, seed=seed)
+        found.append(values_of(model, "policy"))
+    assert equal(found[0], found[1]) and not equal(found[0], found[2])
+
+
+def test_a_second_call_goes_on_from_the_policy_towards_the_same_reference(kind):
+    model = toy(kind)
+    run(model)
+    policy, reference = values_of(model, "policy"), values_of(model, "reference")
+    again = run(model, lr=0.0)
+    assert equal(values_of(model, "policy"), policy)  # it starts where the first call ended
+    assert again[0]["kl"] != 0 and abs(again[0]["kl"]) > 1e-3
+    run(model)
+    assert equal(values_of(model, "reference"), reference)
+    assert not equal(values_of(model, "policy"), policy)
+
+
+def test_the_reference_is_a_copy_of_the_adapter_that_was_loaded(kind):
+    model = toy(kind)
+    add_adapters(model, kind, "policy")
+    start = values_of(model, "policy")
+    history = run(model)
+    assert equal(values_of(model, "reference"), start) and abs(history[0]["kl"]) < 1e-4
+    assert not equal(values_of(model, "policy"), start)
+    assert not any(p.requires_grad for p in lora.adapter_parameters(model, "reference"))
+
+
+def test_going_on_from_a_state_is_bit_identical(kind):
+    """A run of four steps, and its last two alone, from a copy of state and adapters after two."""
+    model, kept = toy(kind), {}
+
+    def log(row, samples, state):
+        if row["step"] == 1:
+            kept.update(model=copy.deepcopy(model), state=copy.deepcopy(state))
+
+    whole = run(model, log)
+    rest = run(kept["model"], state=kept["state"])
+    assert without_seconds(rest) == without_seconds(whole[2:]) and len(rest) == 2
+    assert equal(values_of(kept["model"], "policy"), values_of(model, "policy"))
+
+
+class Endless(Letters):
+    """A tokenizer whose EOS the model cannot say."""
+
+    eos_token_id = 1000
+
+
+def any_score(prompts, responses, rows):
+    """Numbers that depend on the texts, and differ."""
+    return [sum(map(ord, response)) % 17 for response in responses]
+
+
+@pytest.mark.parametrize("missing, learns", [(-3.0, False), (None, True)])
+def test_a_base_that_never_stops_learns_only_without_a_missing_eos_score(kind, missing, learns):
+    """With it all scores are equal: no advantage, no gradient. It can be switched off."""
+    model = toy(kind)
+    model.generation_config.eos_token_id = None
+    config = grpo.Config(**{**RUN, "steps": 2, "missing_eos_score": missing, "beta": 0.0})
+    history = grpo.train(model, Endless(), PROMPTS, any_score, config)
+    assert [row["eos_rate"] for row in history] == [0.0, 0.0]
+    for row in history:
+        assert (row["score_std"] > 0.1) == learns and (row["grad_norm"] > 1e-4) == learns
+        assert row["zero_std_groups"] == (0 if learns else 2)
+    moved = any(layer.lora_B["policy"].any() for layer in lora.lora_layers(model).values())
+    assert moved == learns
+
+
+# ------------------------------------------------------------------------------ as a library
+
+
+EXAMPLE = """
+import contextlib, io, json, random, signal, sys
+import datasets, torch, transformers
+torch.set_num_threads(1)
+
+def settings():
+    return [
+        [str(signal.getsignal(s)) for s in sorted(signal.valid_signals())],
+        transformers.utils.logging.get_verbosity(),
+        transformers.utils.logging.is_progress_bar_enabled(),
+        datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled(),
+        datasets.is_caching_enabled(), torch.get_default_dtype(), torch.is_grad_enabled(),
+        torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+        torch.get_rng_state().tolist(), random.getstate()]
+
+before, out = settings(), io.StringIO()
+with contextlib.redirect_stdout(out):
+    import common, grpo
+    model, tokenizer = common.load_model("tiny")
+    rows = [{"prompt": "Tell me about ants."}, {"prompt": "What is rain?"}] * 4
+    history = grpo.train(
+        model, tokenizer, rows,
+        lambda prompts, responses, rows: [-abs(len(r.split()) - 20) / 10 for r in responses],
+        grpo.Config(steps=10, batch_size=8, group_size=4, lr=1e-3, temperature=0.5,
+                    max_new_tokens=64))
+print(json.dumps({"same": settings() == before, "out": out.getvalue(), "history": history,
+                  "cli": any(name.split(".")[0] == "cli" for name in sys.modules)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def example():
+    """What the library example does in a process of its own: what it imports counts, too."""
+    done = subprocess.run([sys.executable, "-c", EXAMPLE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_library_example_changes_no_handler_no_global_setting_and_prints_nothing(example):
+    assert example["same"] and example["out"] == "" and not example["cli"]
+    assert [row["step"] for row in example["history"]] == list(range(10))
+
+
+def test_the_score_of_the_library_example_rises(example):
+    """On average over the last three of its ten steps against the first three."""
+    score = [row["score"] for row in example["history"]]
+    assert sum(score[-3:]) > sum(score[:3])

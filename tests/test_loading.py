@@ -1,6 +1,6 @@
-"""What --model takes and what it refuses: folders, .gguf files, code, pickles, damaged weights."""
+"""What load_model takes and what it refuses: folders, .gguf files, code, pickles, damaged weights;
+and that a loaded model rolls no dice."""
 
-import argparse
 import json
 import pickle
 from pathlib import Path
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 import lora
+from cli import export, models
 
 CODE = '''open("ran", "w").close()
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,19 +25,17 @@ class OddModel(LlamaForCausalLM):
 '''
 
 
-def load(name, **extra):
-    wanted = dict(model=str(name), device="cpu", dtype="fp32", trust_remote_code=False)
-    return common.load_model(argparse.Namespace(**wanted | extra))
+def load(name, **more):
+    return common.load_model(str(name), "cpu", "fp32", **more)
 
 
-def refusal(capsys, name, **extra):
-    """The one line of a refused model, which must name it."""
-    with pytest.raises(SystemExit) as end:
-        load(name, **extra)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    assert str(name) in error
-    return error
+def refusal(name, **more):
+    """The message of a refused model, one line that names it."""
+    with pytest.raises(ValueError) as problem:
+        load(name, **more)
+    message = str(problem.value)
+    assert str(name) in message and "\n" not in message, message
+    return message
 
 
 @pytest.fixture
@@ -49,110 +48,151 @@ def folder(tmp_path, monkeypatch):
     return Path("model")
 
 
+# ------------------------------------------------------------------------------ safety
+
+
 class Bomb:
     def __reduce__(self):
         return Path.touch, (Path("ran"),)
 
 
-def test_a_folder_with_a_pickle_only_is_refused_and_not_opened(folder, capsys):
+def test_a_folder_with_a_pickle_only_is_refused_and_not_opened(folder):
     """Neither the weights that torch.save wrote nor something that acts when it is read."""
     weights, file = load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"
     (folder / "model.safetensors").unlink()
     torch.save(weights, file)
-    refusal(capsys, folder)
+    refusal(folder)
     file.write_bytes(pickle.dumps(Bomb()))
-    refusal(capsys, folder)
+    refusal(folder)
     assert not Path("ran").exists()
     pickle.loads(file.read_bytes())  # it would have shown
     assert Path("ran").exists()
 
 
-def test_an_adapter_in_a_pickle_only_is_refused(folder, capsys):
+def test_an_adapter_in_a_pickle_only_is_refused(folder):
     model, _ = load(folder)
     lora.add_adapter(model, "a", rank=2)
     lora.save_adapter(model, "a", "adapter")
     Path("adapter/adapter_model.safetensors").rename("adapter/adapter_model.bin")
-    with pytest.raises(SystemExit):
-        common.load_adapter(model, "b", "adapter")
-    assert "adapter_model.safetensors is missing" in capsys.readouterr().err
+    for load_adapter in (models.load_adapter, lora.load_adapter):
+        with pytest.raises((ValueError, OSError), match="adapter_model.safetensors is missing"):
+            load_adapter(model, "b", "adapter")
+    assert lora.names(model) == {"a"}
 
 
-def test_code_that_comes_with_a_model_runs_only_if_told_so(folder, capsys, tmp_path, monkeypatch):
+def test_code_that_comes_with_a_model_runs_only_if_told_so(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(hf.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     config = json.loads((folder / "config.json").read_text())
     classes = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddModel"}
     config |= {"model_type": "odd", "auto_map": classes}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "odd.py").write_text(CODE)
-    assert "--trust-remote-code" in refusal(capsys, folder)
+    assert "--trust-remote-code" in refusal(folder)
     assert not Path("ran").exists()
     model, _ = load(folder, trust_remote_code=True)
     assert type(model).__name__ == "OddModel" and Path("ran").exists()
 
 
-def test_a_damaged_weight_file_is_refused(folder, capsys):
+# ------------------------------------------------------------------------------ refusals
+
+
+def test_a_damaged_weight_file_is_refused(folder):
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(1000)
-    refusal(capsys, folder)
+    refusal(folder)
 
 
-def test_a_weight_that_is_missing_is_not_made_up(folder, capsys):
+def test_a_weight_that_is_missing_is_not_made_up(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "lm_head.weight" in refusal(capsys, folder)
+    assert "lm_head.weight" in refusal(folder)
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_logits_that_are_more_than_the_output_head_are_noticed(scale, folder, capsys):
-    """Granite divides them: its log-probabilities would be those of another temperature."""
-    config = hf.GraniteConfig(vocab_size=SIZE, hidden_size=32, intermediate_size=48,
-                              num_hidden_layers=1, num_attention_heads=4, logits_scaling=scale)
-    torch.manual_seed(0)
-    hf.GraniteForCausalLM(config).save_pretrained(folder)
-    if scale == 1:
-        load(folder)
-    else:
-        assert "logits" in refusal(capsys, folder)
+@pytest.mark.parametrize("name", ["./missing", "runs/missing", "tiny/missing", "/missing/model"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name, folder, monkeypatch):
+    monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", lambda *_, **__: 1 / 0)
+    assert "no such file or folder" in refusal(name)
 
 
-STATES = dict(vocab_size=SIZE, hidden_size=32, num_hidden_layers=2)
-HEADS = dict(STATES, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+def test_a_folder_that_holds_no_model_is_refused(folder):
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    refusal(folder)
 
 
-@pytest.mark.parametrize("config, says", [
-    (hf.MambaConfig(**STATES, state_size=8), "another distribution"),  # reads no cache of these
-    (hf.BloomConfig(vocab_size=SIZE, hidden_size=32, n_layer=2, n_head=4), "cannot be sampled"),
-], ids=["wrong", "raises"])
-def test_a_family_that_is_not_sampled_as_it_is_scored_is_refused(config, says, folder, capsys):
-    random_model(config).save_pretrained(folder)
-    assert says in refusal(capsys, folder)
+def test_a_tokenizer_without_an_end_is_refused(folder):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    assert "no EOS token" in refusal(folder)
 
 
-@pytest.mark.parametrize("config", [
-    hf.Lfm2Config(**HEADS, layer_types=["conv", "full_attention"]),
-    hf.GPTNeoConfig(vocab_size=SIZE, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
-                    attention_types=[[["global", "local"], 1]]),
-], ids=lambda config: config.model_type)
-def test_caches_of_other_kinds_answer_as_the_library_does(config, folder):
-    """Beyond the window, and with two answers to a prompt that are then the same."""
+def test_a_device_that_is_not_here_is_refused(folder):
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    absent = [name for name in ("cuda", "mps") if not accelerator or accelerator.type != name]
+    for device in absent:
+        with pytest.raises(ValueError, match=f"{device} is not available here"):
+            common.load_model(folder, device)
+
+
+# ------------------------------------------------------------------------------ what is loaded
+
+
+@pytest.mark.parametrize("dtype, expected", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_model_is_loaded_as_it_was_saved_in_the_type_that_is_asked_for(folder, dtype, expected):
+    model, tokenizer = common.load_model(folder, "cpu", dtype)
+    assert model.dtype == expected and not model.training and model.name_or_path == "model"
+    weights = load_file(folder / "model.safetensors")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, weights[key].to(expected))
+    assert tokenizer("a").input_ids == byte_tokenizer()("a").input_ids
+
+
+def test_auto_is_fp32_on_a_cpu(folder):
+    model, _ = common.load_model(folder, "cpu")
+    assert model.dtype == torch.float32 and model.device.type == "cpu"
+
+
+def test_tiny_is_the_embedded_model_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "tiny/model"):
+        model, tokenizer = load(name)
+        assert model.name_or_path == "tiny/model"
+        # Its chat template keeps the form that it was trained on: with a space at the end.
+        text = tokenizer.decode(common.encode_prompt(tokenizer, "Why?"))
+        assert text == "<bos>User: Why?\n\nAssistant: "
+
+
+LAYERS = {"vocab_size": SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WIDE = {**LAYERS, "intermediate_size": 48}
+RATES = {"attention_dropout": 0.2, "hidden_dropout": 0.2}
+DICE = [
+    hf.GPT2Config(vocab_size=SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=128,
+                  resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2),
+    hf.LlamaConfig(**WIDE, attention_dropout=0.2),
+    hf.OPTConfig(**LAYERS, ffn_dim=48, dropout=0.2, attention_dropout=0.2, layerdrop=0.5),
+    hf.GPTNeoXConfig(**WIDE, **RATES),
+    hf.PhiConfig(**WIDE, attention_dropout=0.2, resid_pdrop=0.2, embd_pdrop=0.2),
+    hf.FalconConfig(**LAYERS, **RATES),
+    hf.PersimmonConfig(**WIDE, **RATES),
+]
+
+
+@pytest.mark.parametrize("config", DICE, ids=lambda config: config.model_type)
+@torch.no_grad()
+def test_no_dropout_is_left_in_a_loaded_model(config, folder):
+    """Under gradient checkpointing a pass is in training mode, and must say the same."""
     random_model(config).save_pretrained(folder)
     model, _ = load(folder)
-    prompts = [[*range(40, 61)], [8, 3, 144, 21]]
-    ids, _, mask = common.sample(model, prompts, [SIZE], 12, temperature=0.0, each=2)
-    assert mask.all()
-    for i, prompt in enumerate(prompts):
-        expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12,
-                                  do_sample=False, pad_token_id=0)[0, len(prompt):]
-        assert torch.equal(ids[2 * i, -12:], expected)
-        assert torch.equal(ids[2 * i + 1, -12:], expected)
-
-
-def test_a_model_without_a_head_of_its_own_is_no_reward(folder, capsys):
-    args = argparse.Namespace(trust_remote_code=False, max_length=64)
-    with pytest.raises(SystemExit):
-        common.load_reward("model", *load(folder), args)
-    assert "score.weight" in capsys.readouterr().err
+    ids = torch.tensor([[9, 44, 7, 30, 111, 8, 12, 13]])
+    expected = model(ids).logits
+    model.train()
+    for _ in range(3):
+        assert torch.allclose(model(ids).logits, expected, atol=1e-6)
+    rolls = hf.AutoModelForCausalLM.from_pretrained(folder).train()
+    assert not torch.allclose(rolls(ids).logits, expected, atol=1e-2)  # the rates were there
 
 
 # ------------------------------------------------------------------------------ gguf
@@ -206,13 +246,13 @@ def test_a_gguf_file_is_a_model_with_its_tokenizer_template_and_adapters(tmp_pat
     for p in lora.adapter_parameters(model, "a"):
         p.data.normal_()
     lora.save_adapter(model, "a", "adapter")
-    lora.main(["merge", "--adapter", "adapter", "--out", "merged", "--device", "cpu"])
+    export.main(["merge", "--adapter", "adapter", "--out", "merged", "--device", "cpu"])
     with lora.use_adapter(model, "a"):
         assert torch.allclose(load("merged")[0](ids).logits, model(ids).logits, atol=1e-4)
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path, capsys):
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     pytest.importorskip("gguf")
     (tmp_path / "no.gguf").write_text("nothing of the kind")
-    refusal(capsys, tmp_path / "no.gguf")
-    refusal(capsys, tmp_path / "missing.gguf")
+    refusal(tmp_path / "no.gguf")
+    refusal(tmp_path / "missing.gguf")

@@ -2,11 +2,14 @@
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from byte_tokenizer import ALPHABET
-from conftest import toy
+from conftest import ROOT, toy
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -19,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import common
 import lora
+from cli import export
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 W0 = [[1.0, 0.0, -1.0], [2.0, 1.0, 0.0]]
@@ -57,6 +61,9 @@ def by_hand(layer_kind):
     layer = lora.LoRALinear(base)
     layer.add("a", rank=2, scale=0.5, dropout=0.0, trainable=True)
     return layer
+
+
+# ------------------------------------------------------------------------------ the layer
 
 
 @pytest.mark.parametrize("layer_kind", ["Linear", "Conv1D"])
@@ -108,6 +115,9 @@ def test_dropout_acts_in_training_mode_only():
     assert torch.equal(layer(x), layer(x))
     layer.train()
     assert not torch.equal(layer(x), layer(x))
+
+
+# ------------------------------------------------------------------------------ adapters
 
 
 def test_a_new_adapter_changes_no_logit(model, targets):
@@ -184,6 +194,9 @@ def test_training_the_policy_leaves_base_and_reference_as_they_were(model, targe
     assert not torch.allclose(logits(model, "policy"), before["policy"], atol=1e-3)
 
 
+# ------------------------------------------------------------------------------ merging
+
+
 def test_merge_gives_the_unmerged_logits_and_no_wrapper(model, targets):
     trained(model, "a", targets, seed=1)
     trained(model, "b", "all-linear", seed=2)
@@ -198,21 +211,44 @@ def toy_like(model):
     return toy("gpt2" if model.config.model_type == "gpt2" else "llama")
 
 
-def test_an_output_head_is_merged_unless_it_is_the_embedding_too(kind):
-    """peft can be told to adapt it; here nothing does."""
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_head_is_merged_unless_it_is_the_embedding_too(kind, targets, tied):
+    """peft can be told to adapt it; here nothing does. A refusal comes before any change."""
     model = toy(kind)
+    if tied:
+        model.lm_head.weight = model.get_input_embeddings().weight
+    else:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    lora.add_adapter(model, "a", rank=4, targets=targets)
     lora.wrap(model, "lm_head".__eq__)["lm_head"].add("a", 4, 2.0, 0.0, True)
     disturb(model, "a")
     lora.add_head(model, "a")
     lora.add_adapter(model, "b", targets="all-linear")
     assert "b" not in lora.lora_layers(model)["lm_head"].lora_A
-    expected = logits(model, "a")
-    if model.config.tie_word_embeddings:
-        with pytest.raises(ValueError, match="embedding"):
+    expected, bare = logits(model, "a"), logits(model)
+    if tied:
+        with pytest.raises(ValueError, match="lm_head.*embedding"):
             lora.merge_adapter(model, "a")
         assert torch.equal(logits(model, "a"), expected)
+        assert torch.equal(logits(model), bare) and lora.has_head(model, "a")
     else:
         assert torch.allclose(lora.merge_adapter(model, "a")(IDS).logits, expected, atol=1e-4)
+
+
+def test_two_layers_with_one_weight_are_not_merged_and_nothing_is_changed():
+    """The first layer could be merged; it must not be, when the second cannot."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    net[2].weight = net[1].weight
+    trained(net, "a", "0, 1")
+    x = torch.randn(3, 4)
+    with torch.no_grad(), lora.use_adapter(net, "a"):
+        expected, bare = net(x), net[0].base.weight.clone()
+    with pytest.raises(ValueError, match="1 shares its weight"):
+        lora.merge_adapter(net, "a")
+    with torch.no_grad(), lora.use_adapter(net, "a"):
+        assert torch.equal(net(x), expected)
+    assert torch.equal(net[0].base.weight, bare)
 
 
 def test_merge_of_an_unknown_adapter_is_refused(model, targets):
@@ -221,6 +257,9 @@ def test_merge_of_an_unknown_adapter_is_refused(model, targets):
     with pytest.raises(ValueError, match="nobody"):
         lora.merge_adapter(model, "nobody")
     assert torch.equal(logits(model, "a"), expected)
+
+
+# ------------------------------------------------------------------------------ files
 
 
 def test_save_and_load_give_the_same_logits_and_head(kind, targets, tmp_path):
@@ -268,6 +307,9 @@ def test_saved_keys_and_shapes_are_those_of_peft(kind, tmp_path):
     assert config["task_type"] == "CAUSAL_LM"
 
 
+# ------------------------------------------------------------------------------ copies and heads
+
+
 def test_copy_adapter_copies_values_and_shares_none(model, targets):
     trained(model, "a", targets)
     lora.add_head(model, "a")
@@ -300,6 +342,43 @@ def test_a_copy_is_frozen_unless_asked(model, targets):
     assert not any(p.requires_grad for p in lora.adapter_parameters(model, "b"))
 
 
+# ------------------------------------------------------------------------------ targets
+
+
+def leaves(model):
+    return {path.rpartition(".")[2] for path in lora.lora_layers(model)}
+
+
+def test_auto_takes_query_and_value_as_the_family_names_them(model, targets):
+    lora.add_adapter(model, "a")
+    assert leaves(model) == set(targets)
+    assert len(lora.lora_layers(model)) == 2 * len(targets)
+
+
+def test_auto_takes_all_linear_layers_where_none_is_named_so():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    lora.add_adapter(net, "a", targets="auto")
+    assert set(lora.lora_layers(net)) == {"0", "2"}
+
+
+@pytest.mark.parametrize("form", [
+    "q_proj, o_proj", "q_proj,o_proj", ["q_proj", "o_proj"], ("q_proj", "o_proj"),
+    "self_attn.q_proj, self_attn.o_proj",
+])
+def test_targets_are_ends_of_paths_in_a_list_or_a_text_with_commas(form):
+    model = toy("llama")
+    lora.add_adapter(model, "a", targets=form)
+    assert leaves(model) == {"q_proj", "o_proj"} and len(lora.lora_layers(model)) == 4
+
+
+def test_a_whole_path_is_one_layer_and_a_part_of_a_name_is_none():
+    model = toy("llama")
+    with pytest.raises(ValueError, match="proj"):
+        lora.add_adapter(model, "a", targets="proj")
+    lora.add_adapter(model, "a", targets="model.layers.1.mlp.up_proj")
+    assert list(lora.lora_layers(model)) == ["model.layers.1.mlp.up_proj"]
+
+
 def test_all_linear_takes_every_layer_but_the_output_head(model):
     linear = {path for path, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     lora.add_adapter(model, "a", targets="all-linear")
@@ -319,9 +398,10 @@ def test_all_linear_again_reaches_the_same_layers_and_no_scalar_head(model):
 def test_adapter_parameters_hold_the_head(model, targets):
     lora.add_adapter(model, "a", targets=targets)
     without = len(lora.adapter_parameters(model, "a"))
+    assert without and not lora.has_head(model, "a")
     head = lora.add_head(model, "a")
     with_head = lora.adapter_parameters(model, "a")
-    assert len(with_head) == without + 1
+    assert len(with_head) == without + 1 and lora.has_head(model, "a")
     assert any(p is head.weight for p in with_head)
 
 
@@ -331,6 +411,9 @@ def test_the_head_has_spread_one_over_sqrt_d_plus_one(model):
     values = torch.cat([lora.add_head(model, str(i)).weight.detach() for i in range(200)]).flatten()
     sigma = 1 / math.sqrt(33)
     assert abs(values.std().item() - sigma) < 4 * sigma / math.sqrt(2 * len(values))
+
+
+# ------------------------------------------------------------------------------ scale and dtype
 
 
 @pytest.mark.parametrize("rslora, scale", [(False, 2.0), (True, 4.0)])
@@ -355,6 +438,9 @@ def test_an_adapter_stays_fp32_on_a_bf16_base_and_logits_stay_bf16(kind, targets
     assert logits(model, "a").dtype == torch.bfloat16
 
 
+# ------------------------------------------------------------------------------ refusals
+
+
 def test_unknown_target_is_refused_and_named(model, targets):
     for unknown in (("no_such_layer",), (*targets, "no_such_layer")):
         with pytest.raises(ValueError, match="no_such_layer"):
@@ -366,6 +452,24 @@ def test_unknown_target_is_refused_and_named(model, targets):
 def test_a_rank_below_one_is_refused(model, targets, rank):
     with pytest.raises(ValueError, match="rank"):
         lora.add_adapter(model, "a", rank=rank, targets=targets)
+
+
+def test_a_name_with_a_dot_is_refused(model, targets):
+    """torch cannot keep a parameter under it."""
+    with pytest.raises(ValueError, match="dot"):
+        lora.add_adapter(model, "a.b", targets=targets)
+
+
+@pytest.mark.parametrize("name", ["copy", "values", "update", "train"])
+def test_a_name_that_torch_has_taken_works_or_is_refused_in_words(model, targets, name):
+    """Parameters and heads are kept by name in containers, which have methods of their own."""
+    try:
+        trained(model, name, targets)
+        lora.add_head(model, name)
+    except ValueError as problem:
+        assert name in str(problem)
+        return
+    assert not torch.allclose(logits(model, name), logits(model), atol=1e-3)
 
 
 def test_a_name_in_use_is_refused_by_add(model, targets):
@@ -435,17 +539,125 @@ def test_a_layer_with_only_one_of_A_and_B_is_refused(kind, targets, tmp_path):
         lora.load_adapter(toy(kind), "b", tmp_path)
 
 
-@pytest.mark.parametrize("change", [
-    {"peft_type": "IA3"}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}},
-    {"init_lora_weights": "pissa_niter_4"},
+def rewrite(folder, change):
+    """Changes what adapter_config.json in the folder says."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"peft_type": "IA3"}, "IA3"), ({"peft_type": None}, "None"), ({"use_dora": True}, "use_dora"),
+    ({"bias": "all"}, "bias"), ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"), ({"lora_bias": True}, "lora_bias"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"use_qalora": True}, "use_qalora"),
+    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    ({"alora_invocation_tokens": [0]}, "alora_invocation_tokens"),
+    ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+    ({"target_parameters": ["w"]}, "target_parameters"),
+    ({"arrow_config": {"top_k": 3}}, "arrow_config"),
+    ({"an_option_of_tomorrow": True}, "an_option_of_tomorrow"),
+    ({"an_option_of_tomorrow": "fast"}, "an_option_of_tomorrow"),
+    ({"an_option_of_tomorrow": 2}, "an_option_of_tomorrow"),
+    ({"an_option_of_tomorrow": 0.5}, "an_option_of_tomorrow"),
+    *(({"init_lora_weights": init}, init) for init in (
+        "lora_ga", "pissa", "pissa_niter_4", "olora", "corda", "loftq", "mica", "of_tomorrow")),
 ])
-def test_what_is_not_covered_is_refused(model, targets, tmp_path, change):
+def test_what_is_not_covered_is_refused_by_name_and_leaves_no_adapter(
+        model, targets, tmp_path, change, says):
     lora.add_adapter(model, "a", targets=targets)
     lora.save_adapter(model, "a", tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError):
+    rewrite(tmp_path, change)
+    with pytest.raises(ValueError, match=says):
         lora.load_adapter(model, "b", tmp_path)
+    assert lora.names(model) == {"a"}
+
+
+@pytest.mark.parametrize("change", [
+    {"an_option_of_tomorrow": False}, {"an_option_of_tomorrow": None},
+    {"an_option_of_tomorrow": {}}, {"an_option_of_tomorrow": []}, {"peft_version": "9.9"},
+    {"init_lora_weights": None}, {"use_rslora": False}, {"layers_to_transform": [0, 1]},
+])
+def test_an_option_that_is_off_and_one_that_says_nothing_about_the_numbers_are_accepted(
+        kind, targets, tmp_path, change):
+    model = trained(toy(kind), "a", targets)
+    lora.save_adapter(model, "a", tmp_path)
+    rewrite(tmp_path, change)
+    lora.load_adapter(model, "b", tmp_path)
+    assert torch.equal(logits(model, "b"), logits(model, "a"))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_is_not_taken_over(kind, targets, tmp_path, dropout):
+    """In training mode, where checkpointing puts a model, two passes must agree."""
+    model = trained(toy(kind), "a", targets, dropout=dropout)
+    lora.save_adapter(model, "a", tmp_path)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"]
+    assert said == dropout
+    other = toy(kind)
+    lora.load_adapter(other, "b", tmp_path)
+    lora.copy_adapter(other, "b", "c")
+    expected = logits(other, "b")
+    for layer in lora.lora_layers(other).values():
+        layer.train()  # the adapter's dropout alone: GPT-2 has one of its own
+    assert torch.equal(logits(other, "b"), expected) and torch.equal(logits(other, "c"), expected)
+    for layer in lora.lora_layers(model).values():
+        layer.train()
+    assert torch.equal(logits(model, "a"), logits(model, "a")) == (dropout == 0)
+
+
+# ------------------------------------------------------------------------------ alone
+
+ALONE = """
+import sys
+sys.modules["transformers"] = None  # any import of it now fails
+import pathlib, torch
+from torch import nn
+import lora
+
+torch.manual_seed(0)
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+net, x, goal = network(), torch.randn(40, 6), torch.randn(40, 3)
+lora.add_adapter(net, "new", rank=4, alpha=8)
+lora.add_adapter(net, "second", rank=2, targets=["2"])
+bare, base = net(x).detach(), {k: v.clone() for k, v in network().state_dict().items()}
+optimizer, losses = torch.optim.AdamW(lora.adapter_parameters(net, "new"), lr=0.02), []
+for _ in range(60):
+    with lora.use_adapter(net, "new"):
+        loss = (net(x) - goal).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < 0.8 * losses[0], losses
+assert torch.equal(net(x), bare)
+with lora.use_adapter(net, "second"):
+    assert torch.equal(net(x), bare)
+with lora.use_adapter(net, "new"):
+    learnt = net(x).detach()
+
+lora.copy_adapter(net, "new", "twin")
+lora.save_adapter(net, "twin", "out", base="mine")
+other = network()
+lora.load_adapter(other, "read", "out")
+with lora.use_adapter(other, "read"):
+    assert torch.equal(other(x), learnt)
+merged = lora.merge_adapter(other, "read")
+assert torch.allclose(merged(x), learnt, atol=1e-5)
+assert [type(module) for module in merged] == [nn.Linear, nn.Tanh, nn.Linear]
+assert sys.modules["transformers"] is None
+assert sorted(p.name for p in pathlib.Path().iterdir() if p.name != "__pycache__") == [
+    "lora.py", "out"]
+"""
+
+def test_the_file_alone_works_on_a_plain_network_without_transformers(tmp_path):
+    shutil.copy(ROOT / "lora.py", tmp_path)
+    command = [sys.executable, "-c", ALONE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout and not done.stderr
 
 
 # ------------------------------------------------------------------------------ peft
@@ -480,6 +692,36 @@ def test_what_peft_wrote_loads_here(kind, targets, tmp_path, which, rslora):
     assert not torch.allclose(logits(model, None), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_whatever_peft_writes_by_default_and_a_harmless_start_load_here(
+        kind, targets, tmp_path, init):
+    """All of LoraConfig's options stand in the file. After a start the weights are trained."""
+    peft = pytest.importorskip("peft")
+    options = {"eva_config": peft.EvaConfig()} if init == "eva" else {}
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=init, lora_dropout=0.1,
+                             task_type="CAUSAL_LM", target_modules=list(targets), **options)
+    theirs = peft.get_peft_model(toy(kind), config).eval()
+    generator = torch.Generator().manual_seed(2)
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            p.data += 0.3 * torch.randn(p.shape, generator=generator)
+    theirs.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["init_lora_weights"] == init and len(written) > 30
+    model = toy(kind)
+    lora.load_adapter(model, "a", tmp_path)
+    expected = theirs(IDS).logits.detach()
+    assert torch.allclose(logits(model, "a"), expected, atol=1e-4)
+    assert not torch.allclose(logits(model, None), expected, atol=1e-3)
+
+
+def scores(model, name, rows):
+    """Of rows of ids, whose first three are the prompt, padded here as a batch is."""
+    x, x_mask = common.pad([row[:3] for row in rows], "left", "cpu")
+    y, mask = common.pad([row[3:] for row in rows], "right", "cpu")
+    return common.adapter_scores(model, name, x, x_mask, y, mask.float())
+
+
 def test_a_reward_model_scores_the_same_in_peft(kind, targets, tmp_path):
     """Right-padded rows of unequal length through AutoModelForSequenceClassification + peft."""
     peft = pytest.importorskip("peft")
@@ -494,7 +736,7 @@ def test_a_reward_model_scores_the_same_in_peft(kind, targets, tmp_path):
     ids, attention = common.pad(rows, "right", "cpu")
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=attention).logits.squeeze(-1)
-        ours = common.sequence_scores(model, "reward", ids, attention)
+        ours = scores(model, "reward", rows)
     assert torch.allclose(ours, expected, atol=1e-4)
     assert (ours[0] - ours[1]).abs() > 1e-3
 
@@ -511,7 +753,8 @@ def test_a_merged_reward_model_pads_with_a_token_that_no_text_has(tmp_path):
     model = trained(toy("llama"), "adapter", ("q_proj",))
     lora.add_head(model, "adapter")
     model.resize_token_embeddings(len(tokens))
-    lora.merge(model, tokenizer, [tokens["<end>"]], tmp_path / "merged")
+    model.generation_config.eos_token_id = tokens["<end>"]
+    export.merge(model, tokenizer, "adapter", tmp_path / "merged")
     reader = PreTrainedTokenizerFast.from_pretrained(tmp_path / "merged")
     assert reader.pad_token == "<start>" and reader("!! !").input_ids == tokenizer("!! !").input_ids
     scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
@@ -533,5 +776,5 @@ def test_a_reward_model_made_by_peft_loads_here_with_its_head(kind, targets, tmp
     lora.load_adapter(model, "reward", tmp_path / "theirs")
     with torch.no_grad():
         expected = theirs(input_ids=IDS).logits.squeeze(-1)
-        ours = common.sequence_scores(model, "reward", IDS, torch.ones_like(IDS))
+        ours = scores(model, "reward", IDS.tolist())
     assert torch.allclose(ours, expected, atol=1e-4)

@@ -1,4 +1,5 @@
-"""The tiny world: its data, its grammar, and attempts to be paid by gold_score for nothing."""
+"""The tiny world: its data, its grammar, what build.py and judge.py do, and attempts to be paid by
+gold_score for nothing."""
 
 import json
 import random
@@ -10,7 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from tiny import build, world
+import common
+from benchmarks import compare
+from tiny import build, judge, world
 
 KINDS = ("technical", "plain", "analogy", "closing")
 ROWS = world.prompts()
@@ -160,6 +163,38 @@ def test_a_garbled_answer_has_one_or_two_sentences_that_nobody_wrote():
     assert found <= {0, 1, 2} and {1, 2} <= found
 
 
+# ------------------------------------------------------------------------------ the base
+
+
+def test_the_tokenizer_is_built_again_to_the_letter(tmp_path, monkeypatch):
+    """And what is around it in tiny/model; written twice, as both stages do. Its chat template ends
+    in a space: the form that the base was trained on."""
+    model, _ = build.load_base()
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    build.save_base(model, build.build_tokenizer(random.Random(0)))
+    build.save_base(*build.load_base())
+    shipped = {path.name for path in (ROOT / "tiny" / "model").iterdir()}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == shipped
+    for name in shipped:
+        new, old = (folder / "model" / name for folder in (tmp_path, ROOT / "tiny"))
+        if name == "tokenizer_config.json":  # in any order
+            new, old = (json.loads(path.read_text()) for path in (new, old))
+            assert new == old and new["chat_template"].endswith("Assistant: {% endif %}")
+        else:
+            assert new.read_bytes() == old.read_bytes(), name
+
+
+def test_the_base_reads_transcripts_as_the_scripts_encode_them(tokenizer):
+    said = build.transcript(random.Random(4))
+    question, reply = said.removeprefix("User: ").split("\n\nAssistant: ")
+    expected = common.encode_prompt(tokenizer, question) + common.encode_response(tokenizer, reply)
+    block = next(build.token_stream(tokenizer, random.Random(4), build.transcript))
+    assert len(block) == build.BLOCK + 1
+    both = list(zip(block, expected))
+    assert len(both) > 50 and all(a == b for a, b in both)
+    assert tokenizer.decode(expected) == f"<bos>{said}<eos>"
+
+
 # ------------------------------------------------------------------------------ the ranking stage
 
 
@@ -178,7 +213,7 @@ def test_the_base_ranks_whole_against_broken_and_is_told_nothing_of_taste():
 
 
 def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_split_among_the_threads():
-    """Nor on how many pairs are scored at once: against one .backward() of the sum of all losses."""
+    """Nor on how many pairs are scored at once: against one .backward() of the sum of all."""
     model, tokenizer = build.load_base()
     block = torch.randint(3, 3000, (4, 12), generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -199,6 +234,41 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_split_among_the_thr
         assert c.abs().max() > 0
         torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(b, c, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------ the judge
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """(flags, what best_of finds for 1 and 4 answers of the SFT model to each of 6 prompts)."""
+    flags = judge.parse_args(["--prompts", "6", "--best-of", "1", "4"])
+    return flags, judge.best_of(flags, flags.best_of)
+
+
+def test_the_judge_finds_no_kl_between_the_sft_model_and_itself(judged):
+    _, found = judged
+    assert abs(found[1]["KL"]) < 1e-3 and found[1]["tokens"] > 10
+    assert found[1]["gold"] == found[1]["best gold"]
+
+
+def test_the_judge_measures_the_answers_that_it_returns(judged):
+    flags, found = judged
+    stats, pairs, score = judge.judge(flags.sft, flags, each=4)
+    assert len(pairs) == len(score) == 24
+    assert all(pairs[i][0] == pairs[i - i % 4][0] for i in range(24))
+    assert stats["gold"] == pytest.approx(mean(world.gold_score(*pair) for pair in pairs))
+    assert stats["score"] == pytest.approx(score.mean().item())
+    best = [max(range(i, i + 4), key=lambda j: score[j]) for i in range(0, 24, 4)]
+    assert found[4]["score"] == pytest.approx(mean(score[i].item() for i in best))
+    assert found[4]["gold"] == pytest.approx(mean(world.gold_score(*pairs[i]) for i in best))
+    assert found[4]["score"] > found[1]["score"] and found[4]["best gold"] >= found[4]["gold"]
+
+
+def test_the_judge_prints_one_object_with_all_that_the_comparison_asks_of_it(capsys):
+    judge.show(judge.parse_args(["--json", "--prompts", "2", str(ROOT / "tiny" / "sft")]))
+    found, = json.loads(capsys.readouterr().out).values()
+    assert set(compare.COLUMNS) - {"seconds", "memory, GB"} <= set(found)
 
 
 # ------------------------------------------------------------------------------ the score

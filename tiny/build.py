@@ -13,7 +13,6 @@
     6. reward          python reward_model.py
 """
 
-import argparse
 import json
 import math
 import random
@@ -35,11 +34,17 @@ sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402
 import lora  # noqa: E402
 import reward_model  # noqa: E402
+from cli import flags  # noqa: E402
+from cli.chat import answer  # noqa: E402
 from tiny import world  # noqa: E402
 
 VOCABULARY, BLOCK = 3072, 160
 BASE = dict(hidden_size=224, intermediate_size=512, num_hidden_layers=3, num_attention_heads=7)
 LABEL_TEMPERATURE = 0.05
+# How a prompt is written for this model. It ends in a space, which no answer begins with.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
+    "{{ '\\n\\n' }}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
 ASKED = {
     name: [r["prompt"] for r in world.prompts() if r["topic"] == name and r["split"] == "train"]
     for name in world.TOPICS
@@ -113,7 +118,7 @@ def build_tokenizer(rng):
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        model_max_length=512,
+        model_max_length=512, chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -125,8 +130,8 @@ def token_stream(tokenizer, rng, draw=document):
         for text in [draw(rng) for _ in range(256)]:
             question, mark, reply = text.partition("\n\nAssistant: ")
             if mark and text.startswith("User: "):
-                pair = common.encode_pair(tokenizer, question.removeprefix("User: "), reply, 10**6)
-                ids += pair[0] + pair[1]
+                ids += common.encode_prompt(tokenizer, question.removeprefix("User: "))
+                ids += common.encode_response(tokenizer, reply)
             else:
                 ids += tokenizer(text).input_ids + [tokenizer.eos_token_id]
         while len(ids) > BLOCK:
@@ -194,7 +199,7 @@ def save_base(model, tokenizer):
     model.eval().half().save_pretrained(HERE / "model")
     model.config.dtype = "float32"
     model.config.save_pretrained(HERE / "model")
-    tokenizer.save_pretrained(HERE / "model")
+    tokenizer.save_pretrained(HERE / "model", save_jinja_files=False)
     path = HERE / "model" / "tokenizer.json"
     tokenizer.backend_tokenizer.save(str(path), pretty=False)  # 0.1 MB less: no indentation
 
@@ -250,13 +255,14 @@ class Ranking(torch.nn.Module):
             prompt, *answers = whole_and_broken(self.rng)
             answers = [common.encode_response(self.tokenizer, answer) for answer in answers]
             pairs.append((common.encode_prompt(self.tokenizer, prompt), *answers))
-        parts = [part for _, part in common.by_length(pairs, self.rows)]
+        pairs.sort(key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))
+        parts = [pairs[i : i + self.rows] for i in range(0, len(pairs), self.rows)]
         return [lambda x=part: self.loss(model, x) for part in parts]
 
     def loss(self, model, part):
         both = [x + whole for x, whole, _ in part] + [x + broken for x, _, broken in part]
         ids, attention = common.pad(both, "right", "cpu")
-        hidden = common.hidden_states(model, ids, attention)
+        hidden = common.forward(model, ids, attention, ids.shape[1], states=True)
         last = hidden[torch.arange(len(ids)), attention.sum(1) - 1]
         whole, broken = self.head(last).squeeze(-1).chunk(2)
         return reward_model.bradley_terry_loss(whole, broken) * len(part) / self.pairs
@@ -328,15 +334,14 @@ DAMAGE = dict(off_topic=2, another_prompt=0, jargon=1, repetition=5, abrupt=1, r
 def answer_pools(split, each):
     """{prompt: `each` samples of the SFT model without the empty ones, which make no pair, the best
     by the hidden preference first}."""
-    args = argparse.Namespace(model="tiny", device="cpu", dtype="fp32", trust_remote_code=False)
-    model, tokenizer = common.load_model(args)
+    model, tokenizer = common.load_model(device="cpu")
     lora.load_adapter(model, "sft", HERE / "sft")
     asked = [row["prompt"] for row in world.prompts() if row["split"] == split]
 
     def answers(prompts, seed):
         repeated, generator = [p for p in prompts for _ in range(each)], torch.Generator()
-        return common.answer(model, tokenizer, repeated, 96, temperature=0.8, chunk=256,
-                             generator=generator.manual_seed(seed))[0]
+        return answer(model, tokenizer, repeated, 96, temperature=0.8, chunk=256,
+                      generator=generator.manual_seed(seed))[0]
 
     half = len(asked) // 2
     with lora.use_adapter(model, "sft"), two_threads() as threads:
@@ -413,7 +418,7 @@ STAGES = {
 
 
 def main():
-    p = common.parser(__doc__)
+    p = flags.parser(__doc__)
     p.add_argument("--from", dest="first", default="base", choices=list(STAGES), help="(base)")
     first = list(STAGES).index(p.parse_args().first)
     for name, stage in list(STAGES.items())[first:]:

@@ -21,9 +21,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common  # noqa: E402
-import lora  # noqa: E402
-import ppo  # noqa: E402
+import grpo  # noqa: E402
+from cli import flags, models, rewards  # noqa: E402
 from tiny import world  # noqa: E402
+
+CONFIG = grpo.Config(**grpo.TINY)  # its rollout does what that of ppo.py does, without a critic
 
 
 def held_out():
@@ -32,29 +34,27 @@ def held_out():
 
 def judge(adapter, args, each=1):
     """(statistics, [(prompt, response)], scores) of one adapter, `each` responses a prompt."""
-    policy = ppo.parse_args(["--adapter", args.sft, "--reward", args.reward])
-    common.seed_everything(args.seed)
-    model, tokenizer = common.load_model(policy)
-    common.load_adapter(model, "policy", adapter)
-    common.load_adapter(model, "reference", args.sft)
-    reward = common.load_reward(args.reward, model, tokenizer, policy)
-    lora.copy_adapter(model, "policy", "critic")  # the rollout asks for one; nothing here reads it
-    lora.add_head(model, "critic")
-    generator = torch.Generator(model.device).manual_seed(args.seed)
+    model, tokenizer = common.load_model()
+    models.load_adapter(model, "policy", adapter)
+    models.load_adapter(model, "reference", args.sft)
+    reward = rewards.load(args, model, CONFIG.max_length)
+    generator = torch.Generator().manual_seed(args.seed)
     prompts = held_out()
     random.Random(args.seed).shuffle(prompts)
-    rows = [row for row in prompts[: args.prompts] for _ in range(each)]
-    parts = [ppo.rollout(model, tokenizer, rows[i : i + 128], reward, generator, policy)
-             for i in range(0, len(rows), 128)]
-    texts = [t for part in parts for t in part["responses"]]
-    score = torch.cat([part["score"] for part in parts]).cpu()
-    pairs = [(row["prompt"], text) for row, text in zip(rows, texts)]
+    prompts, texts, parts = prompts[: args.prompts], [], []
+    size = max(1, 128 // each)  # prompts at a time
+    for i in range(0, len(prompts), size):
+        rows = prompts[i : i + size]
+        batch, said = grpo.rollout(model, tokenizer, rows, reward, CONFIG, generator, each)
+        texts += said
+        parts.append((batch["score"].cpu(), grpo.rollout_stats(batch)))
+    score = torch.cat([part for part, _ in parts])
+    pairs = [(prompts[i // each]["prompt"], text) for i, text in enumerate(texts)]
     gold = torch.tensor([world.gold_score(*pair) for pair in pairs])
     first = texts[::each][:100]
 
     def mean(key):
-        weights = [len(part["score"]) for part in parts]
-        return sum(part["stats"][key] * w for part, w in zip(parts, weights)) / len(rows)
+        return sum(stats[key] * len(part) for part, stats in parts) / len(texts)
 
     stats = {
         "gold": gold.mean().item(),
@@ -68,23 +68,23 @@ def judge(adapter, args, each=1):
 
 def probe(args):
     """For each flaw, how often the reward model prefers a clean answer to its damaged copy."""
-    policy = ppo.parse_args(["--reward", args.reward])
-    model, tokenizer = common.load_model(policy)
-    reward = common.load_reward(args.reward, model, tokenizer, policy)
+    model, tokenizer = common.load_model()
+    reward = rewards.load(args, model, CONFIG.max_length)
     rng, wins = random.Random(args.seed), {}
-
-    @torch.no_grad()
-    def scores(prompts, responses):
-        pairs = [common.encode_pair(tokenizer, p, r, 512) for p, r in zip(prompts, responses)]
-        ids, attention = common.pad([p + r for p, r in pairs], "right", model.device)
-        return reward(ids, attention, prompts, responses, None)
-
-    rows = held_out()
     for name, flaw in world.FLAWS.items():
+        rows = held_out()
         clean = [world.compose(row["topic"], "friendly", rng) for row in rows]
-        damaged = [flaw(answer, row["topic"], rng) for answer, row in zip(clean, rows)]
-        prompts = [row["prompt"] for row in rows]
-        a, b = (scores(prompts, [" ".join(s) for s in side]) for side in (clean, damaged))
+        for row, answer in zip(rows, clean):
+            row["clean"] = " ".join(answer)
+            row["damaged"] = " ".join(flaw(answer, row["topic"], rng))
+        # The two answers to a prompt are a group, so that the prompt is read once.
+        encoded = common.encode(tokenizer, rows, ["clean", "damaged"], CONFIG.max_length)
+        batch, score = common.collate(encoded, model.device), torch.zeros(2 * len(rows))
+        for index, part in common.micro_batches(batch, 32):
+            asked = [rows[i // 2] for i in index]
+            found, _ = common.score(model, tokenizer, asked, **part, reward=reward)
+            score[index] = found.cpu()
+        a, b = score.view(-1, 2).unbind(1)
         wins[name] = (a > b).float().mean().item()
     return wins
 
@@ -106,21 +106,29 @@ def best_of(args, sizes):
 
 
 def parse_args(argv=None):
-    p = common.parser(__doc__)
+    p = flags.parser(__doc__)
     p.add_argument("adapters", nargs="*", help="folders of trained policies")
     p.add_argument("--sft", default=str(common.TINY / "sft"), help="their start (tiny/sft)")
     p.add_argument("--reward", default=str(common.TINY / "reward_model"), help="(tiny/...)")
-    p.add_argument("--prompts", type=common.whole, default=384, help="held-out prompts (384, all)")
-    p.add_argument("--best-of", type=common.whole, nargs="+", help="numbers of SFT samples a prompt")
+    p.add_argument("--prompts", type=flags.whole, default=384, help="held-out prompts (384, all)")
+    p.add_argument("--best-of", type=flags.whole, nargs="+", help="numbers of SFT samples a prompt")
     p.add_argument("--json", action="store_true", help="print one object, without --sft's own row")
     p.add_argument("--samples", type=int, default=0, help="answers to print of each (0)")
     p.add_argument("--probe", action="store_true", help="only the reward model's table of flaws")
-    p.add_argument("--seed", type=common.seed, default=0)
-    return p.parse_args(argv)
+    p.add_argument("--seed", type=flags.seed, default=0)
+    args = p.parse_args(argv)
+    args.trust_remote_code = False
+    return args
 
 
 def main():
-    args = parse_args()
+    with flags.errors():
+        show(parse_args())
+
+
+def show(args):
+    """Prints what the flags ask for."""
+    flags.quiet()
     if args.probe:
         print(f"{'flaw':16} the clean answer wins")
         for name, share in probe(args).items():
@@ -136,7 +144,7 @@ def main():
         print(json.dumps(results))
         return
     for name, stats in results.items():
-        print(f"{name}\n   " + "  ".join(f"{key} {value:.3f}" for key, value in stats.items()))
+        print(f"{name}\n   " + "  ".join(f"{key} {value:z.3f}" for key, value in stats.items()))
         for prompt, response in texts.get(name, [])[: args.samples]:
             print(f"   > {prompt}\n     {response}")
 
