@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gguf
 import lora
 
 TINY = Path(__file__).parent / "tiny"
+WORTH = 100  # tokens that reading a prompt once must save, because it takes a second pass
 
 # ------------------------------------------------------------------------------ the model
 
@@ -30,8 +31,8 @@ def load_pretrained(auto, name, **more):
         return auto.from_pretrained(source, **more)
     except Exception as problem:  # transformers, safetensors and the hub each raise their own
         reason = str(problem).strip().split("\n")[0]
-        raise ValueError(f"cannot load the model {name} ({reason}); give tiny, a folder or hub id "
-                         "with safetensors, or a .gguf file") from problem
+        raise ValueError(f"cannot load {name} ({reason}); give tiny, a .gguf, a folder or "
+                         "hub id with safetensors (with code: --trust-remote-code)") from problem
 
 
 def load_model(name="tiny", device="auto", dtype="auto", trust_remote_code=False):
@@ -43,20 +44,21 @@ def load_model(name="tiny", device="auto", dtype="auto", trust_remote_code=False
     device = (gpu.type if gpu else "cpu") if device == "auto" else device
     if device not in ("cpu", gpu and gpu.type):
         raise ValueError(f"the device {device} is not available here; use cpu")
-    bf16 = dtype == "bf16" or (dtype == "auto" and device == "cuda")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes["auto"] = dtypes["bf16" if device == "cuda" else "fp32"]
     more = {"trust_remote_code": trust_remote_code}
     tokenizer = load_pretrained(AutoTokenizer, name, **more)
     if end_of_turn(tokenizer) is None:
         raise ValueError(f"the tokenizer of {name} has no EOS token: no answer could end")
     if str(name).endswith(".gguf"):  # unpacked to plain linear layers, which can take an adapter
         more["quantization_config"] = GgufConfig(dequantize=True)
-    more["dtype"] = torch.bfloat16 if bf16 else torch.float32
+    more["dtype"] = dtypes[dtype]
     model, info = load_pretrained(AutoModelForCausalLM, name, use_safetensors=True,
                                   output_loading_info=True, **more)
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
         raise ValueError(f"{name} lacks the weight {min(info['missing_keys'])}")
     model.name_or_path = "tiny/model" if name == "tiny" else str(name)
-    for values in map(vars, model.modules()):  # nn.Dropout.p, attention_dropout, layerdrop ...
+    for values in map(vars, [model.config, *model.modules()]):  # nn.Dropout.p, layerdrop ...
         rates = [key for key in values if "drop" in key or key == "p"]
         values.update({key: 0.0 for key in rates if isinstance(values[key], float)})
     return model.to(device).eval(), tokenizer
@@ -71,9 +73,8 @@ def end_of_turn(tokenizer):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "@@"}]
         tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("@@")[2]
         special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        for i in tokenizer(tail, add_special_tokens=False).input_ids:
-            if i in special:
-                return i
+        ids = tokenizer(tail, add_special_tokens=False).input_ids
+        return next((i for i in ids if i in special), tokenizer.eos_token_id)
     return tokenizer.eos_token_id
 
 
@@ -96,8 +97,7 @@ def encode_prompt(tokenizer, prompt):
         # The template writes its special tokens itself; adding them would double BOS.
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False).input_ids
-    # A base model without a template reads plain turns. There is no space at the end: the first
-    # word of the answer brings its own, as it does everywhere in the model's pretraining text.
+    # A model without a template reads plain turns. The first word of the answer brings its space.
     text = "".join(f"{t['role'].capitalize()}: {t['content']}\n\n" for t in turns) + "Assistant:"
     ids = tokenizer(text, split_special_tokens=True).input_ids
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
@@ -107,11 +107,11 @@ def encode_response(tokenizer, response, end=None):
     """Token ids of an answer and its end of turn. A text that spells a special token, such as
     "</s>", stays text: as a token it would end the answer before its end."""
     end = end_of_turn(tokenizer) if end is None else end
-    # Without a template it is encoded after "Assistant:": alone it would get a space too many.
-    before, space = ("", "") if tokenizer.chat_template else ("Assistant:", " ")
     plain = {"add_special_tokens": False, "split_special_tokens": True}
-    ids = tokenizer(before + space + response, **plain).input_ids
-    return ids[len(tokenizer(before, **plain).input_ids):] + [end]
+    if tokenizer.chat_template:
+        return tokenizer(response, **plain).input_ids + [end]
+    head = tokenizer("Assistant:", **plain).input_ids  # without it, a space too many
+    return tokenizer("Assistant: " + response, **plain).input_ids[len(head):] + [end]
 
 
 def encode(tokenizer, rows, answers, max_length):
@@ -136,10 +136,12 @@ def collate(encoded, device):
 
 def decode(tokenizer, y, mask):
     """The texts of answers y [B, R], without padding and special tokens."""
-    rows = [ids[: int(n)] for ids, n in zip(y.tolist(), mask.sum(1))]
+    # Without a template the space after "Assistant:" is no part of the answer: decode both at once.
+    before = "" if tokenizer.chat_template else "Assistant:"
+    head = tokenizer(before, add_special_tokens=False).input_ids if before else []
+    rows = [head + ids[: int(n)] for ids, n in zip(y.tolist(), mask.sum(1))]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    # After a plain "Assistant:" the answer begins with the space before its first word.
-    return texts if tokenizer.chat_template else [text.removeprefix(" ") for text in texts]
+    return [text.removeprefix(before).removeprefix(" ") if before else text for text in texts]
 
 
 def pad(sequences, side, device):
@@ -189,14 +191,13 @@ def read(model, x, x_mask, y, mask, states=False):
 
     x, x_mask [N, P]: prompts; y, mask [B, R]: their B = N G answers. Column t has read the prompt
     and t answer tokens, so it predicts answer token t (counted from 0). The last column has read
-    the whole answer. The G answers to a prompt share one reading of it."""
+    the whole answer. The G answers to a prompt share one reading of it, where that saves much."""
     G, R = len(y) // len(x), y.shape[1]
     attention = x_mask.repeat_interleave(G, 0)  # [B, P]
     attention = torch.cat([attention, mask.long()], 1)  # [B, P+R]
     cache = DynamicCache(config=model.config)
-    if G == 1 or not can_share(model, cache):
-        ids = x.repeat_interleave(G, 0)  # [B, P]
-        ids = torch.cat([ids, y], 1)  # [B, P+R]
+    if (len(y) - len(x)) * x.shape[1] < WORTH or not can_share(model, cache):
+        ids = torch.cat([x.repeat_interleave(G, 0), y], 1)  # [B, P+R]
         return forward(model, ids, attention, R + 1, states)
     # The prompt is read once, with gradient. Its keys and values are then repeated for the G
     # answers, and what the answers send back through them adds up there.
@@ -248,8 +249,7 @@ def sample(model, x, x_mask, stop, max_new_tokens, temperature, generator=None, 
     if G > 1:  # the prompt was read once for its G answers
         cache.batch_repeat_interleave(G)
     logits = logits.repeat_interleave(G, 0)  # [B, 1, V]
-    alive = torch.ones_like(attention[:, :1], dtype=torch.bool)  # [B, 1]
-    columns = []
+    alive, columns = torch.ones_like(attention[:, :1], dtype=torch.bool), []  # [B, 1]
     while True:
         logp = logits[:, -1].float() / (temperature or 1.0)  # [B, V]
         logp = logp.log_softmax(-1)

@@ -17,7 +17,8 @@ The algorithm:
 
 Log-probabilities are sums over the tokens of an answer, its EOS included. Those of the reference
 never change: they are computed once, before training. If the policy still is the reference then,
-the first loss is ln 2 (sigmoid) and the first margin 0. Log-probabilities are at --temperature; for
+the first loss is ln 2 (sigmoid) and the first margin 0; up to rounding, so that the first accuracy
+says nothing. Log-probabilities are at --temperature; for
 answers of one token, a beta at temperature 1 corresponds to beta times the temperature here.
 
 Often both log-probabilities fall while the margin grows, the chosen one's too. (DPO.2) sees only

@@ -134,8 +134,8 @@ def require(model, name):
 
 
 def forbid(model, name):
-    if name in names(model) or "." in name:
-        raise ValueError(f"adapter name {name!r} is in use or holds a dot")
+    if name in names(model) or "." in name or hasattr(nn.ParameterDict, name):
+        raise ValueError(f"adapter name {name!r} is in use, reserved by torch, or holds a dot")
 
 
 def add_adapter(model, name, rank=16, alpha=32, dropout=0.0, targets="auto", trainable=True):
@@ -251,7 +251,7 @@ def merge_adapter(model, name):
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.base)
     configs(model).clear()
-    model.heads = nn.ModuleDict()
+    model._modules.pop("heads", None)
     return model
 
 

@@ -199,7 +199,7 @@ def rollout_stats(batch):
 
 
 def make_models(model, reward, config):
-    """Hangs PPO's models on the one frozen base as adapters: makes what is missing, keeps the rest.
+    """Hangs the models on the one frozen base as adapters: makes what is missing, keeps the rest.
 
     policy      trained; if you loaded none, a new adapter, which changes nothing yet
     reference   a frozen copy of the policy as it was at the start

@@ -68,7 +68,7 @@ def bradley_terry_loss(chosen, rejected, margin=0.0, center=0.0):
     Source: arXiv:2009.01325, section 3.4; margin arXiv:2307.09288, Eq. 2."""
     if chosen.shape != rejected.shape:
         raise ValueError(f"shapes differ: {tuple(chosen.shape)} and {tuple(rejected.shape)}")
-    loss = -F.logsigmoid(chosen - rejected - margin).mean()
+    loss = -F.logsigmoid(chosen - rejected - margin).mean()  # (RM.1)
     return loss + center * (chosen + rejected).square().mean()  # (RM.2)
 
 

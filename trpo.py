@@ -251,7 +251,7 @@ def rollout_stats(batch):
 
 
 def make_models(model, reward, config):
-    """Hangs PPO's models on the one frozen base as adapters: makes what is missing, keeps the rest.
+    """Hangs the models on the one frozen base as adapters: makes what is missing, keeps the rest.
 
     policy      trained; if you loaded none, a new adapter, which changes nothing yet
     reference   a frozen copy of the policy as it was at the start
@@ -541,8 +541,7 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
             gain, kl, backtracks = line_search(model, policy, old, full, batch, config)
 
         # 4. The critic: gradient descent.
-        lr = common.learning_rate(step, config.steps, config.lr)
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr = common.learning_rate(step, config.steps, config.lr)
         row["value_loss"] = fit_critic(model, optimizer, batch, config)
 
         # 5. Measure.
@@ -554,9 +553,9 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
         history.append(row)
         bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})
         if log:
-            state = {"step": step + 1, "optimizer": optimizer.state_dict(),
-                     "generator": generator.get_state()}
-            log(row, samples(drawn, responses, batch["score"]), state)
+            log(row, samples(drawn, responses, batch["score"]), {
+                "step": step + 1, "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state()})
     return history
 
 
@@ -586,6 +585,7 @@ def main(argv=None):
                                   dtype="fp32")
         rows, test = data.load(args, ["prompt"])
         model, tokenizer, config = models.load(args, config, "policy", [*rows, *test])
+        check_precision(model, config)
         reward = rewards.load(args, model, config.max_length)
         make_models(model, reward, config)
         before = evaluate(model, tokenizer, test, reward, config)

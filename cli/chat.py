@@ -51,7 +51,8 @@ def parse_args(argv=None):
     flags.model_flags(p)
     p.add_argument("--adapter", help="folder of an adapter (none: the bare base)")
     p.add_argument("--prompt", help="answer this and end (none: a conversation)")
-    p.add_argument("--max-new-tokens", type=flags.whole, default=128, help="tokens (128)")
+    p.add_argument("--max-new-tokens", type=flags.whole,
+                   help="tokens (128, or half of what the model reads)")
     p.add_argument("--temperature", type=flags.amount,
                    help="0: the likeliest token (0.7; tiny: 0.5)")
     p.add_argument("--seed", type=flags.seed, default=0, help="of the sampling (0)")
@@ -69,6 +70,8 @@ def main(argv=None):
         model, tokenizer = common.load_model(
             args.model, args.device, args.dtype, args.trust_remote_code)
         args.max_length = models.readable(model, args.max_length)
+        if args.max_new_tokens is None:
+            args.max_new_tokens = min(128, args.max_length // 2)
         if args.max_new_tokens >= args.max_length:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt "
                              f"in a length of {args.max_length}")

@@ -108,7 +108,8 @@ def judge(model, tokenizer, prompts, rows, out, args):
         torch.manual_seed(args.seed + number)  # what was shown and not judged is shown again
         pair = two_answers(model, tokenizer, prompt, args)
         if pair is None:
-            print(f"\n(no two different answers to {common.prompt_text(prompt)[:50]!r}: passed over)")
+            shown = common.prompt_text(prompt)[:50]
+            print(f"\n(no two different answers to {shown!r}: passed over)")
             continue
         turns = prompt if isinstance(prompt, list) else []
         print(f"\n{'-' * 79}\n{done + 1} of {args.pairs}")

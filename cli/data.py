@@ -121,7 +121,7 @@ def load_data(spec, need, need_test=True):
     if dropped:
         empty = "empty (a tie or a skip)" if "chosen" in need else "empty"
         print(f"--data {spec}: {dropped} rows dropped, {wanted} missing, {empty} or no text")
-    train, test = hold_out(found)
+    train, test = hold_out(found, need_test)
     if not train or (need_test and not test):
         both = "both are needed: " if need_test else ""
         raise ValueError(f"--data {spec}: {len(train)} rows to train on and {len(test)} held out; "
@@ -129,15 +129,16 @@ def load_data(spec, need, need_test=True):
     return train, test
 
 
-def hold_out(rows):
+def hold_out(rows, need_test=True):
     """(train rows, held-out rows) by what each row's "split" says; without any such word one row in
-    twenty, and at least one, by the hash of its prompt, which never moves."""
+    twenty by the hash of its prompt, which never moves, and at least one where one is needed."""
     named = [row["split"].startswith(("test", "val", "dev", "eval")) for row in rows]
     if not any(named):
         digests = [hashlib.sha1(json.dumps(row["prompt"]).encode()).digest() for row in rows]
         named = [digest[0] * 20 < 256 for digest in digests]
-        if not any(named):  # few rows: the one with the smallest hash
-            named = [digest == min(digests) for digest in digests]
+        if need_test and digests and not any(named):  # few rows: the one with the smallest hash
+            smallest = min(digests)
+            named = [digest == smallest for digest in digests]
     return ([row for row, out in zip(rows, named) if not out],
             [row for row, out in zip(rows, named) if out])
 

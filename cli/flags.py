@@ -21,6 +21,8 @@ import common
 DATA = {"sft": "demonstrations.jsonl", "reward_model": "preferences.jsonl",
         "dpo": "preferences.jsonl"}  # with --model tiny; all others: prompts.jsonl
 
+RUN = {"out": None}  # the folder of the run that goes on in this process
+
 # ------------------------------------------------------------------------------ errors
 
 
@@ -33,6 +35,7 @@ def fail(message):
 @contextlib.contextmanager
 def errors():
     """Turns what a script, common or lora refuses into one line that begins with `error:`."""
+    RUN["out"] = None
     try:
         yield
     except TemplateError as problem:
@@ -42,7 +45,8 @@ def errors():
         fail(problem)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # below the progress bar
-        fail("interrupted; what a run had written stays (adapters: --save-every, or at the end)")
+        kept = f"{RUN['out']} keeps what was written (adapters: --save-every, or at the end)"
+        fail(f"interrupted; {kept if RUN['out'] else 'nothing was written'}")
 
 
 # ------------------------------------------------------------------------------ types

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import common
 import lora
+from cli import flags
 
 
 def start(args, config, model, name, before):
@@ -20,13 +21,13 @@ def start(args, config, model, name, before):
 
     before: (statistics, samples) of the model before training. The folder is --out, or the next
     free runs/<script>; it gets config.json, all flags and versions, and samples.jsonl."""
-    args.out = make_folder(args)
+    args.out = flags.RUN["out"] = make_folder(args)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "transformers": transformers.__version__}
-    flags = {**vars(args), **asdict(config), **versions, "out": str(args.out)}
-    (args.out / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
+    said = {**vars(args), **asdict(config), **versions, "out": str(args.out)}
+    (args.out / "config.json").write_text(json.dumps(said, indent=2) + "\n")
     save_samples(args, 0, before[1])
-    said = {"even": False}
+    before_even = {"even": False}
 
     def log(row, samples, state):
         append(args.out / "metrics.jsonl", row)
@@ -34,12 +35,17 @@ def start(args, config, model, name, before):
         if row["step"] == 0:
             for line in step_0(row, config):
                 tqdm.write(line)
+            if row.get("log_ratio_max", 0.0) > 1.0:  # bf16 alone makes 0.2
+                raise ValueError(
+                    f"the model {args.model} samples its tokens from another distribution than it "
+                    f"scores them by (they differ by up to {row['log_ratio_max']:.1f} nats): its "
+                    "family is not supported")
         # Without a difference between scores nothing can be learnt, and nothing else would say so.
         even = row.get("score_std") == 0
-        if even and not said["even"]:
+        if even and not before_even["even"]:
             tqdm.write(f"step {row['step']}: all {config.batch_size} answers have the score "
                        f"{row['score']:g}; a batch without differences teaches nothing")
-        said["even"] = even
+        before_even["even"] = even
         if args.save_every and (row["step"] + 1) % args.save_every == 0:
             lora.save_adapter(model, name, args.out / f"step-{row['step'] + 1}")
 

@@ -43,6 +43,12 @@ def random_model(config):
     return model
 
 
+@pytest.fixture(autouse=True)
+def prompts_are_shared(monkeypatch):
+    """The toys' prompts are so short that reading one once would never be worth a second pass."""
+    monkeypatch.setattr("common.WORTH", 1)
+
+
 @pytest.fixture(params=["gpt2", "llama"])
 def kind(request):
     return request.param

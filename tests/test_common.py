@@ -400,3 +400,13 @@ def test_the_rows_of_a_step_follow_from_its_number_and_the_seed_alone():
 def test_learning_rate_rises_and_falls_in_straight_lines(steps, warmup, expected):
     got = [common.learning_rate(step, steps, 3.0, warmup) for step in range(steps)]
     assert got == pytest.approx([3.0 * e for e in expected])
+
+
+def test_prompt_and_answer_are_tokenized_apart():
+    """Joined, q and a would be one token, half of it prompt and half of it answer."""
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer = byte_tokenizer(template, merges=[("q", "a")])
+    assert tokenizer("qa", add_special_tokens=False).input_ids == [SIZE]
+    row = {"prompt": "q", "response": "a"}
+    [(_, x, [y])] = common.encode(tokenizer, [row], ["response"], 9)
+    assert x == spell("q") and y == spell("a") + [EOS]

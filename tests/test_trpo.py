@@ -855,13 +855,17 @@ def test_a_config_that_cannot_work_raises_and_names_the_flag(changes, message):
     (["--damping", "0"], "--damping"),
     (["--max-kl", "0"], "--max-kl"),
     (["--model", "x", "--data", "y.jsonl"], "--reward"),
+    (["--dtype", "bf16", "--max-kl", "0.0002"], "--dtype fp32"),
 ])
-def test_flags_that_cannot_work_end_with_one_line(words, message, capsys):
+def test_flags_that_cannot_work_end_with_one_line(words, message, capsys, monkeypatch, tmp_path):
+    """Before a folder is made and before anything is measured."""
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         trpo.main(words)
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith("error: ")
-    assert message in err and err.count("\n") == 1
+    assert message in err and err.splitlines()[-1].startswith("error: ")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("words, dtype", [([], "fp32"), (["--dtype", "bf16"], "bf16")])
