@@ -205,8 +205,8 @@ def train(model, tokenizer, rows, config=Config(), log=None, state=None):
 
     rows: dictionaries with "prompt", a string or a list of messages, "chosen" and "rejected". Pairs
     that do not fit, or whose answers are the same, are left out. log(row, samples, state) is called
-    once per step; `state` is all that going on needs beside the adapters, and train(state=...) goes
-    on from it."""
+    once per step; `state` is all that going on needs beside the adapters (live: copy it to keep
+    it), and train(state=...) goes on from it."""
     make_models(model, config)
     # Prompts and answers as token ids, without the pairs that teach nothing.
     pairs = encode_pairs(tokenizer, rows, config.max_length)

@@ -208,7 +208,10 @@ def make_models(model, reward, config):
     policy      trained; if you loaded none, a new adapter, which changes nothing yet
     reference   a frozen copy of the policy as it was at the start
     reward      frozen; only if `reward` names an adapter with a head, else it is a function"""
-    # A new adapter is drawn at random, without touching the random numbers of the caller.
+    if isinstance(reward, str) and not lora.has_head(model, reward):
+        raise ValueError(f"the reward {reward!r} is no adapter with a scalar head on this model")
+    # A new adapter is drawn at random, without touching the random numbers of the caller: those
+    # are as they were after the block.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         if "policy" not in lora.names(model):
@@ -361,7 +364,7 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
     rows: dictionaries with "prompt", a string or a list of messages, and whatever else the reward
     wants. reward: a function (prompts, responses, rows) -> one float per answer, or the name of an
     adapter with a head on `model`. log(row, samples, state) is called once per step; `state` is all
-    that going on needs beside the adapters, and train(state=...) goes on from it."""
+    that going on needs beside the adapters (live: copy it to keep it); train(state=...) goes on."""
     make_models(model, reward, config)
     policy, G = lora.adapter_parameters(model, "policy"), config.group_size
     optimizer = torch.optim.AdamW(policy, weight_decay=0.0)

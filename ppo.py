@@ -205,6 +205,8 @@ def make_models(model, reward, config):
     reference   a frozen copy of the policy as it was at the start
     reward      frozen; only if `reward` names an adapter with a head, else it is a function
     critic      trained; a network that predicts the score that an unfinished answer will get"""
+    if isinstance(reward, str) and not lora.has_head(model, reward):
+        raise ValueError(f"the reward {reward!r} is no adapter with a scalar head on this model")
     # A new adapter is drawn at random, without touching the random numbers of the caller.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -381,7 +383,7 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
     rows: dictionaries with "prompt", a string or a list of messages, and whatever else the reward
     wants. reward: a function (prompts, responses, rows) -> one float per answer, or the name of an
     adapter with a head on `model`. log(row, samples, state) is called once per step; `state` is all
-    that going on needs beside the adapters, and train(state=...) goes on from it."""
+    that going on needs beside the adapters (live: copy it to keep it); train(state=...) goes on."""
     make_models(model, reward, config)
     policy, critic = (lora.adapter_parameters(model, name) for name in ("policy", "critic"))
     optimizer = torch.optim.AdamW([{"params": policy}, {"params": critic}], weight_decay=0.0)

