@@ -76,7 +76,7 @@ class LoRALinear(nn.Module):
         w = self.base.weight
         inside, outside = self.sizes()
         A = torch.empty(rank, inside, device=w.device, dtype=torch.float32)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # (LORA.3)
         B = torch.zeros(outside, rank, device=w.device, dtype=torch.float32)
         self.lora_A[name] = nn.Parameter(A, requires_grad=trainable)
         self.lora_B[name] = nn.Parameter(B, requires_grad=trainable)

@@ -35,12 +35,15 @@ MARKS = {"GRPO": "grpo", "DPO": "dpo", "PPO": "ppo", "TRPO": "trpo", "SFT": "sft
 
 
 def functions(name):
-    """{function or class: (first line, last line)} of a script, decorators included."""
+    """{function, class or method: (first line, last line)} of a script, decorators included."""
     found = {}
     for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             found[node.name] = (first, node.end_lineno)
+            for method in node.body if isinstance(node, ast.ClassDef) else []:
+                if isinstance(method, ast.FunctionDef):
+                    found.setdefault(method.name, (method.lineno, method.end_lineno))
     return found
 
 
@@ -74,6 +77,8 @@ def symbols():
 def mathml(tex, display):
     from latex2mathml.converter import convert
 
+    words = r"\\(?:text|texttt|mathrm|mathtt)\{[^{}]*\}"  # in these an underscore is escaped
+    tex = re.sub(words, lambda m: m[0].replace(r"\_", "_"), tex)
     return convert(tex, display="block" if display else "inline")
 
 
