@@ -32,6 +32,7 @@ Left out on purpose: length normalisation, and a loss on the chosen answers besi
     python dpo.py --loss ipo --beta 0.2
 """
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -212,11 +213,12 @@ def train(model, tokenizer, rows, config=Config(), log=None, state=None):
     pairs = encode_pairs(tokenizer, rows, config.max_length)
     if not pairs:
         raise ValueError(f"no pair of different answers fits into --max-length {config.max_length}")
-    optimizer = torch.optim.AdamW(lora.adapter_parameters(model, "policy"), weight_decay=0.0)
+    parameters = lora.adapter_parameters(model, "policy")
+    optimizer = torch.optim.AdamW(parameters, eps=1e-5, weight_decay=0.0)
     history, first = [], state["step"] if state else 0
     # All else that a run needs to go on is in `state`; where it is in the data, the step says.
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
     # 1. log pi_ref of the pairs that will be drawn. It never changes: once is enough.
     schedule = {step: common.batch_rows(step, len(pairs), config.batch_size, config.seed)

@@ -38,6 +38,7 @@ Left out on purpose: resampling of groups without spread (they are counted), an 
     python grpo.py --loss dr_grpo --adv none --kl-in reward
 """
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -203,7 +204,7 @@ def rollout_stats(batch):
 
 
 def make_models(model, reward, config):
-    """Hangs GRPO's models on the frozen base as adapters: makes what is missing, keeps the rest.
+    """Hangs the models on the one frozen base as adapters: makes what is missing, keeps the rest.
 
     policy      trained; if you loaded none, a new adapter, which changes nothing yet
     reference   a frozen copy of the policy as it was at the start
@@ -367,12 +368,12 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
     that going on needs beside the adapters (live: copy it to keep it); train(state=...) goes on."""
     make_models(model, reward, config)
     policy, G = lora.adapter_parameters(model, "policy"), config.group_size
-    optimizer = torch.optim.AdamW(policy, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy, eps=1e-5, weight_decay=0.0)
     generator = torch.Generator().manual_seed(config.seed)  # of sampling and shuffling
     history, first = [], state["step"] if state else 0
     # All else that a run needs to go on is in `state`; where it is in the data, the step says.
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         generator.set_state(state["generator"])
 
     bar = tqdm(range(first, config.steps), desc="grpo", disable=None)

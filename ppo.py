@@ -34,6 +34,7 @@ Left out on purpose: an entropy bonus, whitening of rewards, and early stopping 
     python ppo.py --reward tiny/world.py:gold_reward     any function(prompts, responses, rows)
 """
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -207,7 +208,8 @@ def make_models(model, reward, config):
     critic      trained; a network that predicts the score that an unfinished answer will get"""
     if isinstance(reward, str) and not lora.has_head(model, reward):
         raise ValueError(f"the reward {reward!r} is no adapter with a scalar head on this model")
-    # A new adapter is drawn at random, without touching the random numbers of the caller.
+    # A new adapter is drawn at random, without touching the random numbers of the caller: those
+    # are as they were after the block.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         if "policy" not in lora.names(model):
@@ -391,7 +393,7 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
     history, first, beta = [], state["step"] if state else 0, config.beta
     # All else that a run needs to go on is in `state`; where it is in the data, the step says.
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         generator.set_state(state["generator"])
         beta = state["beta"]
 

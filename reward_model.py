@@ -26,6 +26,7 @@ keeps the ties that it meets, training leaves them out.
     python reward_model.py --data collected.jsonl
 """
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -157,11 +158,12 @@ def train(model, tokenizer, rows, config=Config(), log=None, state=None):
     pairs = encode_pairs(tokenizer, rows, config.max_length)
     if not pairs:
         raise ValueError(f"no pair of different answers fits into --max-length {config.max_length}")
-    optimizer = torch.optim.AdamW(lora.adapter_parameters(model, "reward"), weight_decay=0.0)
+    parameters = lora.adapter_parameters(model, "reward")
+    optimizer = torch.optim.AdamW(parameters, eps=1e-5, weight_decay=0.0)
     history, first = [], state["step"] if state else 0
     # All else that a run needs to go on is in `state`; where it is in the data, the step says.
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
     bar = tqdm(range(first, config.steps), desc="reward_model", disable=None)
     for step in bar:

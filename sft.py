@@ -19,6 +19,7 @@ Left out on purpose: packing several rows into one sequence, and a loss on the p
     python sft.py --model facebook/opt-350m --data databricks/databricks-dolly-15k
 """
 
+import copy
 import math
 import re
 import time
@@ -152,7 +153,7 @@ def train(model, tokenizer, rows, config=Config(), log=None, state=None):
     history, first = [], state["step"] if state else 0
     # All else that a run needs to go on is in `state`; where it is in the data, the step says.
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
     bar = tqdm(range(first, config.steps), desc="sft", disable=None)
     for step in bar:

@@ -46,6 +46,7 @@ region.
     python trpo.py --max-kl 0.002 --reward tiny/world.py:gold_reward
 """
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -259,7 +260,8 @@ def make_models(model, reward, config):
     critic      trained; a network that predicts the score that an unfinished answer will get"""
     if isinstance(reward, str) and not lora.has_head(model, reward):
         raise ValueError(f"the reward {reward!r} is no adapter with a scalar head on this model")
-    # A new adapter is drawn at random, without touching the random numbers of the caller.
+    # A new adapter is drawn at random, without touching the random numbers of the caller: those
+    # are as they were after the block.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         if "policy" not in lora.names(model):
@@ -509,12 +511,12 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
     check_precision(model, config)
     make_models(model, reward, config)
     policy, critic = (lora.adapter_parameters(model, name) for name in ("policy", "critic"))
-    optimizer = torch.optim.AdamW(critic, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(critic, eps=1e-5, weight_decay=0.0)
     generator = torch.Generator().manual_seed(config.seed)  # of sampling
     history, first = [], state["step"] if state else 0
     # All else that a run needs to go on is in `state`; where it is in the data, the step says.
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         generator.set_state(state["generator"])
 
     bar = tqdm(range(first, config.steps), desc="trpo", disable=None)
