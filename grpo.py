@@ -55,7 +55,7 @@ class Config:
     steps: int = 200  # batches to learn from
     batch_size: int = 8  # answers per step
     group_size: int = 4  # G, answers per prompt
-    micro_batch_size: int | None = None  # answers per forward pass, to save memory; none: all
+    micro_batch_size: int | None = None  # answers per pass when scored and learnt from; none: all
     lr: float = 3e-5  # peak learning rate (AdamW)
     warmup: float = 0.1  # share of the steps in which the learning rate rises
     seed: int = 0  # of everything random

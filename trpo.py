@@ -62,7 +62,7 @@ import lora
 class Config:
     steps: int = 200  # batches to learn from
     batch_size: int = 8  # answers per step
-    micro_batch_size: int | None = None  # answers per forward pass, to save memory; none: all
+    micro_batch_size: int | None = None  # answers per pass when scored and learnt from; none: all
     lr: float = 3e-5  # peak learning rate of the critic (AdamW); the policy needs none
     seed: int = 0  # of everything random
     lora_rank: int = 16  # r of a new adapter
