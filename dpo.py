@@ -7,7 +7,7 @@ Bradley-Terry model of a preference of w over l, Z cancels:
 
     (RL.1)   log pi(y_t) = log softmax(logits / temperature)[y_t]
     (DPO.1)  h = (log pi - log pi_ref)(w) - (log pi - log pi_ref)(l),   P(w > l) = sigmoid(beta h)
-    (DPO.2)  L = -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)  s: labels believed flipped
+    (DPO.2)  L = -(1 - flip) log sigmoid(beta h) - flip log sigmoid(-beta h)
     (DPO.3)  L = (h - 1 / (2 beta))^2                                   "ipo"
     (DPO.4)  accuracy = P(h > 0),  margin = E[beta h]
 
@@ -62,7 +62,7 @@ class Config:
     missing_eos_score: float | None = -3.0  # of an answer that was cut off; none: the reward's
     beta: float = 0.4  # KL weight, units of reward per nat
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # (DPO.2) or (DPO.3)
-    label_smoothing: float = 0.0  # s, the share of labels believed flipped (sigmoid only)
+    label_smoothing: float = 0.0  # flip, the share of labels believed wrong (sigmoid only)
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -94,7 +94,7 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta=0.1, loss="sigmoid", label_smoot
 
     logp_w, logp_l [B]: log-probability of the chosen and of the rejected answer, summed over its
     tokens, with gradient; ref_w, ref_l [B]: the reference's. beta: units of reward per nat.
-    label_smoothing s: the share of labels believed to be flipped (cDPO). Returns a scalar, the mean
+    label_smoothing: flip, the share of labels believed wrong (cDPO). Returns a scalar, the mean
     over pairs. Raises ValueError for another loss, for label smoothing with ipo, and for shapes
     that differ.
     Source: arXiv:2305.18290, Eq. 7; arXiv:2310.12036, Eq. 17 (ipo, summed log-probabilities)."""

@@ -7,11 +7,11 @@ For G answers y_1 .. y_G to a prompt, with scores r_1 .. r_G:
     (GRPO.1) A_i = (r_i - mean r) / (std r + 1e-4)          "std"; "none": r_i - mean r;
                                                             "loo": r_i - mean of the others
     (GRPO.2) rho_t = pi(y_t) / pi_old(y_t)                  "gspo": their geometric mean over y
-    (GRPO.3) l_t = max(-A rho, -A clip(rho, 1-eps_low, 1+eps_high)) + beta K_t
+    (GRPO.3) L_t = max(-A rho, -A clip(rho, 1-eps_low, 1+eps_high)) + beta K_t
     (GRPO.4) K_t = exp(d_t) - 1 - d_t,  d_t = (log pi_ref - log pi)_t                   k3
-    (GRPO.5) L = 1/B sum_i 1/|y_i| sum_t l_t                "grpo", "gspo"
-    (GRPO.6) L = sum l_t / sum |y_i|                        "dapo"
-    (GRPO.7) L = sum l_t / (B max_tokens)                   "dr_grpo", which goes with "none"
+    (GRPO.5) L = 1/B sum_i 1/|y_i| sum_t L_t                "grpo", "gspo"
+    (GRPO.6) L = sum L_t / sum |y_i|                        "dapo"
+    (GRPO.7) L = sum L_t / (B max_tokens)                   "dr_grpo", which goes with "none"
     (GRPO.8) r_i <- r_i - beta sum_t (log pi_old - log pi_ref)_t    with --kl-in reward, K = 0
 
 The algorithm, for each step:
@@ -28,8 +28,8 @@ update has moved the policy, only "k3-corrected" keeps its gradient. None of the
 token changes the KL of the tokens after it. benchmarks/closed_form.py shows where each ends.
 
 Dividing by the spread changes what is maximised: prompts with little spread weigh more (for scores
-0 and 1 with success rate p the objective becomes 2 arcsin sqrt p in a large group, though in one of
-4 it hardly differs from p), and a KL in the loss weighs beta times the spread of the current
+0 and 1 with success rate mu the objective becomes 2 arcsin sqrt mu in a large group, though in one
+of 4 it hardly differs from mu), and a KL in the loss weighs beta times the spread of the current
 policy, so its hold loosens as the answers become alike.
 
 Left out on purpose: resampling of groups without spread (they are counted), an overlong penalty.

@@ -1,9 +1,9 @@
 """LoRA by hand: several small adapters on one frozen base model (Hu et al. 2021, arXiv:2106.09685).
 
-    (LORA.1)  h = W0 x + s B A x,   A [r, in], B [out, r]     W0 is frozen, only A and B are trained
-    (LORA.2)  s = alpha / r         (rank-stabilised LoRA, `use_rslora`: alpha / sqrt(r))
+    (LORA.1)  h = W0 x + scale B A x,  A [r, in], B [out, r]   W0 is frozen, A and B are trained
+    (LORA.2)  scale = alpha / r     (rank-stabilised LoRA, `use_rslora`: alpha / sqrt(r))
     (LORA.3)  A ~ Kaiming uniform(sqrt 5), B = 0              B A = 0: training starts at W0
-    (LORA.4)  W = W0 + s B A        merging
+    (LORA.4)  W = W0 + scale B A    merging
 
 A layer holds any number of named adapters and computes with one of them, or with none. PPO's four
 models (policy, reference, critic, reward) are therefore one base and four adapters. An adapter can
@@ -84,7 +84,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta(self, name):
-        """The update s B A in the layout of the base weight. (LORA.4)"""
+        """The update scale B A in the layout of the base weight. (LORA.4)"""
         delta = self.scale[name] * self.lora_B[name] @ self.lora_A[name]
         return delta.T if is_conv1d(self.base) else delta
 

@@ -8,11 +8,11 @@ scripts, with the same number:
     (RL.2)  R_t = -beta (log pi_old - log pi_ref)_t  + [t last] score     reward with the KL inside
     (RL.3)  delta_t = R_t + gamma V_{t+1} - V_t                           V = 0 after the last one
     (RL.4)  A_t = delta_t + gamma lambda A_{t+1}                          GAE (arXiv:1506.02438)
-    (RL.5)  G_t = A_t + V_t                                               what the critic learns
+    (RL.5)  Vhat_t = A_t + V_t                                            what the critic learns
     (RL.6)  A <- (A - mean A) / sqrt(var A + 1e-8)                        over all tokens
     (PPO.1) rho_t = pi(y_t) / pi_old(y_t)
     (PPO.2) L_pi = mean max(-A rho, -A clip(rho, 1-eps, 1+eps))
-    (PPO.3) L_V = mean 1/2 max((V - G)^2, (clip(V, V_old +- eps) - G)^2)
+    (PPO.3) L_V = mean 1/2 max((V - Vhat)^2, (clip(V, V_old +- eps) - Vhat)^2)
     (PPO.4) beta <- beta (1 + 0.1 clip(KL / target - 1, -0.2, 0.2))       only with --kl-target
 
 The algorithm, for each step:

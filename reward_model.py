@@ -2,14 +2,14 @@
 (Bradley and Terry 1952; Stiennon et al. 2020, arXiv:2009.01325, section 3.4)
 
     (RM.1)  P(w > l | x) = sigmoid(r(x, w) - r(x, l))            Bradley-Terry
-    (RM.2)  L = -E[ log sigmoid(r_w - r_l - m) ] + c E[ (r_w + r_l)^2 ]
+    (RM.2)  L = -E[ log sigmoid(r_w - r_l - margin) ] + center E[ (r_w + r_l)^2 ]
     (RM.3)  accuracy = P(r_w > r_l),  margin = E[r_w - r_l]       on held-out pairs
 
 The algorithm, for each step:
     1. take a batch of pairs: two answers to the same prompt, one preferred
     2. score both answers, and take one step of gradient descent on (RM.2)
 
-(RM.1) leaves a function of x in r free; the centring term c of (RM.2) holds it near 0 (Eisenstein
+(RM.1) leaves a function of x in r free; the centring term of (RM.2) holds it near 0 (Eisenstein
 et al. 2023, arXiv:2312.09244, Eq. 2). The model is the SFT model with a scalar head N(0, 1/(d+1))
 that reads the state after the answer's last token, its EOS. It starts at random: its first loss is
 ln 2 plus about an eighth of the variance that the head gives r_w - r_l, so often well above ln 2.

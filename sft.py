@@ -3,7 +3,7 @@ Ouyang et al. 2022, arXiv:2203.02155, section 3.1).
 
     (SFT.1)  L = -1/|M| sum_{t in M} log pi(y_t | x, y_<t)     M: response tokens and their EOS
     (SFT.2)  perplexity = exp(total negative log-likelihood / total tokens), on held-out responses
-    (SFT.3)  ROUGE-L = 2 P R / (P + R),  P = LCS / |prediction|,  R = LCS / |reference|
+    (SFT.3)  ROUGE-L = 2 precision recall / (precision + recall),  both LCS / number of words
 
 The algorithm, for each step:
     1. take a batch of demonstrations: prompts and the answers that people wrote

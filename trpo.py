@@ -8,20 +8,20 @@ scripts, with the same number:
     (RL.2)  R_t = -beta (log pi_old - log pi_ref)_t  + [t last] score     reward with the KL inside
     (RL.3)  delta_t = R_t + gamma V_{t+1} - V_t                           V = 0 after the last one
     (RL.4)  A_t = delta_t + gamma lambda A_{t+1}                          GAE (arXiv:1506.02438)
-    (RL.5)  G_t = A_t + V_t                                               what the critic learns
+    (RL.5)  Vhat_t = A_t + V_t                                            what the critic learns
     (RL.6)  A <- (A - mean A) / sqrt(var A + 1e-8)                        over all tokens
-    (TRPO.1) L(theta) = mean pi(y_t) / pi_old(y_t) A_t                    the surrogate
+    (TRPO.1) S(theta) = mean pi(y_t) / pi_old(y_t) A_t                    the surrogate
     (TRPO.2) D(theta) = mean_t sum_v pi_old(v) log(pi_old(v) / pi(v))     exact, nats per token
 
-TRPO maximises L where D <= delta. Near theta_old L is linear with gradient g, and D is quadratic
+TRPO maximises S where D <= max_kl. Near theta_old S is linear with gradient g, D is quadratic
 with the Fisher matrix F as its Hessian, so that the best step has the direction F^-1 g:
 
     (TRPO.3) F v = grad((grad D) . v)                  F itself is never formed
-    (TRPO.4) s = (F + damping)^-1 g                    by conjugate gradient
-    (TRPO.5) length = sqrt(2 delta / s F s)            where 1/2 length^2 s F s is delta
-    (TRPO.6) theta = theta_old + 0.8^j length s        the first j = 0, 1, ... at which L has risen
-                                                       and D <= 1.2 delta, else none
-    (TRPO.7) L_V = mean 1/2 (V - G)^2                  the critic, by gradient descent
+    (TRPO.4) u = (F + damping)^-1 g                    by conjugate gradient
+    (TRPO.5) length = sqrt(2 max_kl / u F u)           where 1/2 length^2 u F u is max_kl
+    (TRPO.6) theta = theta_old + 0.8^j length u        the first j = 0, 1, ... at which S has risen
+                                                       and D <= 1.2 max_kl, else none
+    (TRPO.7) L_V = mean 1/2 (V - Vhat)^2               the critic, by gradient descent
 
 The algorithm, for each step:
     1. sample answers y ~ pi_old to a batch of prompts, and score them
@@ -31,12 +31,12 @@ The algorithm, for each step:
 
 F has as many rows as LoRA has parameters. A change of A that B takes back changes no probability;
 with B = 0 all rows for A are zero. So F is singular, and where it is taken on a part of the batch
-(--fisher-rows), F s = g has no usable solution: hence the damping. The length of the step, in which
+(--fisher-rows), F u = g has no usable solution: hence the damping. The length of the step, in which
 damping has no part, is measured on the whole batch.
 
-delta is per token. An answer of n tokens may move by about n delta in a step; both are logged. The
-paper's bound on how far L may be from the truth has the factor gamma / (1 - gamma)^2: at gamma = 1
-it says nothing. For answers of at most H tokens the same argument ends at H (H - 1) max|A| max D,
+max_kl is per token. An answer of n tokens may move by about n max_kl in a step; both are logged.
+The paper's bound on how far S may be from the truth has the factor gamma / (1 - gamma)^2: at
+gamma = 1 it says nothing. For answers of at most H tokens the same argument ends at H (H - 1) max|A| max D,
 where max D is the largest KL of any single state.
 
 Left out on purpose: a KL penalty in place of the constraint, and the value function's own trust
@@ -73,7 +73,7 @@ class Config:
     temperature: float = 0.7  # of sampling, and so of all log-probabilities
     missing_eos_score: float | None = -3.0  # of an answer that was cut off; none: the reward's
     beta: float = 0.08  # KL weight, units of score per nat
-    max_kl: float = 0.001  # delta, nats per token and step
+    max_kl: float = 0.001  # bound on D in a step, nats per token
     cg_iters: int = 5  # Fisher-vector products per step
     damping: float = 0.1  # added to F
     fisher_rows: int = 4  # answers of the batch that F is taken on
@@ -211,10 +211,10 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     return x
 
 
-def step_length(sFs, max_kl):
-    """How far to go along s: the length at which 1/2 length^2 s F s is max_kl; 0 where s F s is not
+def step_length(uFu, max_kl):
+    """How far to go along u: the length at which 1/2 length^2 u F u is max_kl; 0 where u F u is not
     a positive number. (TRPO.5)"""
-    return (2 * max_kl / sFs) ** 0.5 if 0 < sFs < float("inf") else 0.0
+    return (2 * max_kl / uFu) ** 0.5 if 0 < uFu < float("inf") else 0.0
 
 
 def explained_variance(values, ret, mask):
@@ -354,7 +354,7 @@ def rollout(model, tokenizer, rows, reward, config, generator,
 def score_old(model, batch, config, policy="policy"):
     """Adds logits_old [B, R, V], over the temperature, and makes logp_old [B, R] the scorer's own.
 
-    D and L compare the policy with itself before the step. With the old logits from the very pass
+    D and S compare the policy with itself before the step. With the old logits from the very pass
     that later makes the new ones, D is exactly 0 and every ratio exactly 1 at theta_old. Returns
     the largest |log pi - log pi_old| between this pass and the sampler: rounding, or a fault."""
     sampled, logits_old = batch["logp_old"], None
@@ -420,14 +420,14 @@ def natural_step(model, parameters, old, batch, config):
 
     The policy's adapter must be active, `parameters` its tensors and `old` their values theta_old;
     the policy is not moved."""
-    # The gradient g of L on the whole batch.
+    # The gradient g of S on the whole batch.
     g = torch.zeros_like(flatten(old))
     for b, share in parts(batch, config):
         gain, _ = surrogate_of(model, b, config)
         g += share * flatten(
             torch.autograd.grad(gain, parameters, materialize_grads=True))
 
-    # The direction s solves (F + damping) s = g, with F from a few rows: each product with F costs
+    # The direction u solves (F + damping) u = g, with F from a few rows: each product with F costs
     # a backward pass. The usual attention kernels cannot be differentiated twice, MATH can.
     slopes, some = [], torch.arange(len(batch["x"]))[: config.fisher_rows]
     with sdpa_kernel(SDPBackend.MATH):
@@ -440,20 +440,20 @@ def natural_step(model, parameters, old, batch, config):
             return config.damping * v + sum(
                 fisher_vector_product(kl, parameters, v, 0.0, slope) for kl, slope in slopes)
 
-        s = conjugate_gradient(matvec, g, config.cg_iters)  # (TRPO.3), (TRPO.4)
+        u = conjugate_gradient(matvec, g, config.cg_iters)  # (TRPO.3), (TRPO.4)
 
     # The length. A direction that changes nothing on the few rows costs nothing in their F, though
-    # it may change other rows. So s F s is measured on the whole batch, by a trial step e s, where
-    # D is about 1/2 e^2 s F s. The first trial is short. The second has the length that the first
-    # one found, because at delta D is no longer quite quadratic.
-    sFs = s @ g - config.damping * s @ s  # conjugate gradient ends with s (F + damping) s = s g
-    e = step_length(sFs.item(), config.max_kl / 4)
+    # it may change other rows. So u F u is measured on the whole batch, by a trial step e u, where
+    # D is about 1/2 e^2 u F u. The first trial is short. The second has the length that the first
+    # one found, because at max_kl D is no longer quite quadratic.
+    uFu = u @ g - config.damping * u @ u  # conjugate gradient ends with u (F + damping) u = u g
+    e = step_length(uFu.item(), config.max_kl / 4)
     for _ in range(2):
-        move(parameters, old, e * s)
+        move(parameters, old, e * u)
         _, kl = gain_and_kl(model, batch, config)
         e = step_length(2 * kl / e**2 if e else 0.0, config.max_kl)  # (TRPO.5)
-    move(parameters, old, torch.zeros_like(s))
-    return e * s, g.norm().item()
+    move(parameters, old, torch.zeros_like(u))
+    return e * u, g.norm().item()
 
 
 def line_search(model, parameters, old, step, batch, config):
@@ -461,12 +461,12 @@ def line_search(model, parameters, old, step, batch, config):
     none is, the policy is theta_old, to the bit.
 
     Returns (surrogate gain, KL per token, trials that failed)."""
-    # At theta_old every ratio is 1, so that L is the mean advantage.
+    # At theta_old every ratio is 1, so that S is the mean advantage.
     start = masked_mean(batch["adv"], batch["mask"]).item()
     for j in range(config.backtracks):
         move(parameters, old, 0.8**j * step)
         gain, kl = gain_and_kl(model, batch, config)
-        # The quadratic model may be off: what counts is L and D as they are there.
+        # The quadratic model may be off: what counts is S and D as they are there.
         if gain > start and kl <= 1.2 * config.max_kl:  # (TRPO.6)
             return gain - start, kl, j
     move(parameters, old, torch.zeros_like(step))
