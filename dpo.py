@@ -1,9 +1,10 @@
-"""DPO: preferences without a reward model and without sampling; the policy is its own reward model
-(Rafailov et al. 2023, arXiv:2305.18290), and its one-line relatives.
+"""DPO: learn from pairs of answers of which one was preferred, without a reward model and without
+sampling (Rafailov et al. 2023, arXiv:2305.18290), and its one-line relatives.
 
-The best policy at E[r(x, y)] - beta KL(pi || pi_ref) is pi*(y) = pi_ref(y) exp(r(x, y) / beta) / Z.
-Solved for r: the reward under which pi is best is beta log(pi / pi_ref) + beta log Z. Put into the
-Bradley-Terry model of a preference of w over l, Z cancels:
+The policy at which E[r(x, y)] - beta KL(pi || pi_ref) is largest is known:
+pi*(y) = pi_ref(y) exp(r(x, y) / beta) / Z. Solved for r, this names the reward at which a policy
+pi is the best one: r = beta log(pi / pi_ref) + beta log Z. In the Bradley-Terry model, the
+probability that w is preferred to l depends only on the difference of their rewards. Z cancels:
 
     (RL.1)   log pi(y_t) = log softmax(logits / temperature)[y_t]
     (DPO.1)  h = (log pi - log pi_ref)(w) - (log pi - log pi_ref)(l),   P(w > l) = sigmoid(beta h)
@@ -12,19 +13,19 @@ Bradley-Terry model of a preference of w over l, Z cancels:
     (DPO.4)  accuracy = P(h > 0),  margin = E[beta h]
 
 The algorithm:
-    1. before training: log pi_ref of both answers of each pair
-    2. each step: a batch of pairs, and one step of gradient descent on (DPO.2) or (DPO.3)
+    1. before training, compute log pi_ref of both answers of each pair that will be used
+    2. each step, take a batch of pairs and make one step of gradient descent on (DPO.2) or (DPO.3)
+    3. measure (DPO.4) on this batch, before the step
 
-Log-probabilities are sums over the tokens of an answer, its EOS included. Those of the reference
-never change: they are computed once, before training. If the policy still is the reference then,
-the first loss is ln 2 (sigmoid) and the first margin 0; up to rounding, so that the first accuracy
-says nothing. Log-probabilities are at --temperature; for
-answers of one token, a beta at temperature 1 corresponds to beta times the temperature here.
+Log-probabilities are sums over the tokens of an answer, its EOS included. If the policy still
+is the reference at the first step, the loss is ln 2 there (ipo: 1 / (4 beta^2)) and the margin 0.
+Both are so up to rounding, and so the first accuracy says nothing. Log-probabilities are taken at
+--temperature. For answers of one token, a beta that was meant for temperature 1 has to be
+multiplied by the temperature to do the same here.
 
-Often both log-probabilities fall while the margin grows, the chosen one's too. (DPO.2) sees only
-the difference: pushing the rejected answer down further serves it as well as lifting the chosen
-one, and what they share goes down with both. The probability goes to answers in neither column;
-`kl` and the samples show where. A higher --beta or a lower --lr holds it back.
+Often both log-probabilities fall while the margin grows. (DPO.2) sees only their difference, so it
+also gets smaller if the rejected answer falls faster than the chosen one. Other answers gain what
+both lose; `kl` and the samples show which. A higher --beta or a lower --lr limits this.
 
 Left out on purpose: length normalisation, and a loss on the chosen answers beside the margin.
 

@@ -1,10 +1,12 @@
-"""GRPO for a language model: several answers to each prompt, each judged against the others; no
-critic (Shao et al. 2024, arXiv:2402.03300), and its one-line relatives.
+"""GRPO trains a language model by comparison: it samples several answers to each prompt, and makes
+those that scored above their mean likelier and the others less likely. It needs no critic (Shao et
+al. 2024, arXiv:2402.03300). Flags turn it into its relatives.
 
-For G answers y_1 .. y_G to a prompt, with scores r_1 .. r_G:
+Let r_1 .. r_G be the scores of the answers y_1 .. y_G to one prompt. A_i belongs to answer i and is
+shared by all of its tokens; rho_t, K_t and L_t belong to one token.
 
     (RL.1)   log pi(y_t) = log softmax(logits / temperature)[y_t]   of a sampled token
-    (GRPO.1) A_i = (r_i - mean r) / (std r + 1e-4)          "std"; "none": r_i - mean r;
+    (GRPO.1) A_i = (r_i - mean r) / (sd r + 1e-4)           "std"; "none": r_i - mean r;
                                                             "loo": r_i - mean of the others
     (GRPO.2) rho_t = pi(y_t) / pi_old(y_t)                  "gspo": their geometric mean over y
     (GRPO.3) L_t = max(-A rho, -A clip(rho, 1-eps_low, 1+eps_high)) + beta K_t
@@ -16,23 +18,25 @@ For G answers y_1 .. y_G to a prompt, with scores r_1 .. r_G:
 
 The algorithm, for each step:
     1. sample G answers y ~ pi_old to each prompt of a batch, and score them
-    2. from the scores of a group to one advantage per answer: (GRPO.1)
-    3. a pass of gradient descent on (GRPO.3), averaged as (GRPO.5), (GRPO.6) or (GRPO.7)
+    2. turn the scores of each group into one advantage per answer: (GRPO.1)
+    3. descend the gradient of the loss (GRPO.3), averaged as (GRPO.5), (GRPO.6) or (GRPO.7)
     4. measure how far the policy moved
 
-Where the KL stands decides what is learnt. In the reward (GRPO.8) its gradient is that of
-KL(pi || pi_ref) over whole answers. In the loss, as in the paper, and on policy, K_t has the
-gradient of the forward KL(pi_ref || pi) at that token; "k3-corrected" multiplies it by the token's
-ratio and "k2" is d^2/2, both with the gradient of KL(pi || pi_ref) at that token. After a first
-update has moved the policy, only "k3-corrected" keeps its gradient. None of the three sees how a
-token changes the KL of the tokens after it. benchmarks/closed_form.py shows where each ends.
+Where the KL stands decides what is learnt. In the reward, (GRPO.8), its gradient is that of
+KL(pi || pi_ref) over whole answers. In the loss, as in the paper, it looks at one token at a time.
+While pi is pi_old, k3 has the gradient of the other KL, KL(pi_ref || pi), at that token. "k2" is
+d_t^2 / 2 and "k3-corrected" is k3 times the token's ratio: both have the gradient of
+KL(pi || pi_ref) at that token. After a first update has moved the policy, only "k3-corrected" keeps
+its gradient. None of the three sees how a token changes the KL of the tokens after it.
+benchmarks/closed_form.py shows where each ends.
 
-Dividing by the spread changes what is maximised: prompts with little spread weigh more (for scores
-0 and 1 with success rate mu the objective becomes 2 arcsin sqrt mu in a large group, though in one
-of 4 it hardly differs from mu), and a KL in the loss weighs beta times the spread of the current
-policy, so its hold loosens as the answers become alike.
+Dividing by the spread changes what is maximised. Prompts whose answers score nearly alike weigh
+more. For scores 0 and 1 with success rate mu, a large group maximises 2 arcsin sqrt mu instead of
+mu; in a group of 4 the two hardly differ. And a KL in the loss acts as if beta were multiplied by
+the spread, so its hold loosens as the answers become alike.
 
-Left out on purpose: resampling of groups without spread (they are counted), an overlong penalty.
+Left out on purpose: new samples for groups without spread (which are counted), and a penalty for
+overlong answers.
 
     python grpo.py --steps 200
     python grpo.py --loss dr_grpo --adv none --kl-in reward
@@ -401,8 +405,7 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
         # 4. Measure.
         row = {"step": step, "lr": lr, **rollout_stats(batch), **stats}
         row.update(drift(model, batch, config))
-        spread = batch["score"].view(-1, G).std(1)  # a group without it teaches nothing
-        row["zero_std_groups"] = int((spread == 0).sum())
+        row["zero_std_groups"] = int((adv == 0).all(1).sum())  # groups that teach nothing
         row["seconds"] = time.time() - clock
         history.append(row)
         bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})

@@ -1,22 +1,22 @@
-"""LoRA by hand: several small adapters on one frozen base model (Hu et al. 2021, arXiv:2106.09685).
+"""LoRA: trains two thin matrices beside the weight of a layer, and leaves the weight itself frozen.
 
     (LORA.1)  h = W0 x + scale B A x,  A [r, in], B [out, r]   W0 is frozen, A and B are trained
     (LORA.2)  scale = alpha / r     (rank-stabilised LoRA, `use_rslora`: alpha / sqrt(r))
     (LORA.3)  A ~ Kaiming uniform(sqrt 5), B = 0              B A = 0: training starts at W0
-    (LORA.4)  W = W0 + scale B A    merging
+    (LORA.4)  W = W0 + scale B A    merging: one plain weight with the same output
 
-A layer holds any number of named adapters and computes with one of them, or with none. PPO's four
-models (policy, reference, critic, reward) are therefore one base and four adapters. An adapter can
-carry a scalar head, which makes it a reward model or a critic.
+The A and B of all layers are an adapter. A model holds any number of adapters, each with a name,
+and computes with one of them or with none. PPO's four models (policy, reference, critic, reward)
+are four adapters on one base. With a scalar head an adapter is a reward model or a critic.
 
     lora.add_adapter(model, "policy", rank=16)     # freezes the model, adds A and B beside it
     with lora.use_adapter(model, "policy"):        # with None in place of a name: the bare base
         loss = model(**inputs).loss
 
-Files are in the PEFT format and need no peft to be written or read: PeftModel.from_pretrained takes
-what save_adapter wrote, and load_adapter takes what peft wrote. All of this works on any nn.Module
-with linear layers; only the scalar heads need a language model, whose width they take. Left out on
-purpose: DoRA, per-layer ranks, embeddings, quantised bases.
+It works on any nn.Module with linear layers; only a scalar head needs a language model. Files are
+in the format of peft, which reads them and is not needed here. How far did each layer move?
+`python -m cli.export inspect --adapter tiny/sft` shows it. Left out: DoRA, ranks that differ by
+layer, embeddings, quantised bases. Source: Hu et al. 2021, arXiv:2106.09685.
 """
 
 import contextlib

@@ -1,8 +1,10 @@
-"""PPO for a language model: sample answers, score them, make the better ones likelier, and stay
-near the start (Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593).
+"""PPO for a language model: sample answers, score them, raise the probability of tokens that led to
+a better score than expected, lower that of the others, and stay near the start by a KL penalty
+(Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593).
 
-One token is one action, and the text so far is the state. Equations named RL stand in several
-scripts, with the same number:
+One token is one action, and the text so far is the state. V is the critic: a network that predicts
+the score that an unfinished answer will get. The equations named RL stand in several scripts, with
+the same number:
 
     (RL.1)  log pi(y_t) = log softmax(logits / temperature)[y_t]          of a sampled token
     (RL.2)  R_t = -beta (log pi_old - log pi_ref)_t  + [t last] score     reward with the KL inside
@@ -12,21 +14,22 @@ scripts, with the same number:
     (RL.6)  A <- (A - mean A) / sqrt(var A + 1e-8)                        over all tokens
     (PPO.1) rho_t = pi(y_t) / pi_old(y_t)
     (PPO.2) L_pi = mean max(-A rho, -A clip(rho, 1-eps, 1+eps))
-    (PPO.3) L_V = mean 1/2 max((V - Vhat)^2, (clip(V, V_old +- eps) - Vhat)^2)
+    (PPO.3) L_V = mean 1/2 max((V - Vhat)^2, (clip(V, V_old +- value_clip) - Vhat)^2)
     (PPO.4) beta <- beta (1 + 0.1 clip(KL / target - 1, -0.2, 0.2))       only with --kl-target
 
 The algorithm, for each step:
-    1. sample answers y ~ pi_old to a batch of prompts, and score them
-    2. from one score per answer to one advantage per token: (RL.2) to (RL.6)
-    3. a few passes of gradient descent on (PPO.2) for the policy and (PPO.3) for the critic
-    4. measure how far the policy moved; with --kl-target, adapt beta
+    1. sample an answer to each prompt of a batch from the policy (now pi_old), and score it
+    2. turn the one score of an answer into one advantage per token: (RL.2) to (RL.6)
+    3. a few passes of gradient descent, on (PPO.2) for the policy and (PPO.3) for the critic
+    4. measure how far the policy has moved; with --kl-target, adapt beta
 
-The summed (log pi - log pi_ref) estimates KL(pi || pi_ref) of the answer without bias (k1). It is
-in the reward, detached: there its gradient is right, as a loss it would be zero on average.
+Summed over an answer, log pi - log pi_ref is an estimate of KL(pi || pi_ref) that is right on
+average (k1). It stands in the reward, as a number without gradient, and there it gives the exact
+gradient of the objective. As a loss its gradient would be zero on average.
 
-The four models are one frozen base with adapters: "policy", "reference", "critic", "reward". Policy
-and critic share no trained weight, so each has its own loss, gradient clip and learning rate, and
-no coefficient stands between them.
+The four models are adapters on one frozen base: "policy", "reference", "critic", "reward". Policy
+and critic share no trained weight. So each has its own loss, gradient clip and learning rate, and
+no coefficient stands between the losses.
 
 Left out on purpose: an entropy bonus, whitening of rewards, and early stopping on KL.
 

@@ -1,25 +1,27 @@
-"""A reward model from preferences: which of two answers would a person rather have?
-(Bradley and Terry 1952; Stiennon et al. 2020, arXiv:2009.01325, section 3.4)
+"""A reward model: learns a score for any answer from pairs of which people preferred one answer
+(Bradley and Terry 1952; Stiennon et al. 2020, arXiv:2009.01325, section 3.4).
 
     (RM.1)  P(w > l | x) = sigmoid(r(x, w) - r(x, l))            Bradley-Terry
     (RM.2)  L = -E[ log sigmoid(r_w - r_l - margin) ] + center E[ (r_w + r_l)^2 ]
-    (RM.3)  accuracy = P(r_w > r_l),  margin = E[r_w - r_l]       on held-out pairs
+    (RM.3)  accuracy = P(r_w > r_l),  mean lead = E[r_w - r_l]    on held-out pairs
 
-The algorithm, for each step:
-    1. take a batch of pairs: two answers to the same prompt, one preferred
+w is the answer that won, l the one that lost, and r_w, r_l are their scores. For each step:
+    1. take a batch of pairs: two answers to the same prompt, of which one was preferred
     2. score both answers, and take one step of gradient descent on (RM.2)
+    3. measure (RM.3) on the batch; the log calls the mean lead `margin`
 
-(RM.1) leaves a function of x in r free; the centring term of (RM.2) holds it near 0 (Eisenstein
-et al. 2023, arXiv:2312.09244, Eq. 2). The model is the SFT model with a scalar head N(0, 1/(d+1))
-that reads the state after the answer's last token, its EOS. It starts at random: its first loss is
-ln 2 plus about an eighth of the variance that the head gives r_w - r_l, so often well above ln 2.
+(RM.1) does not change if a number that depends on x alone is added to r. The centring term of
+(RM.2) chooses this number such that scores stay near 0 (Eisenstein et al. 2023, arXiv:2312.09244,
+Eq. 2). The model is the SFT model with a scalar head that reads the state after the last token of
+the answer, its EOS. The head starts at random, from N(0, 1/(d+1)), so the first loss can be well
+above ln 2: its mean is ln 2 plus about an eighth of the variance that the head gives to r_w - r_l.
 
-People disagree, so accuracy has a ceiling below 1. Where the data state how sure the labeller was
-(a column `p_chosen`), the ceiling is printed beside the accuracy. Calibration: of the pairs that
-(RM.1) calls 80 % certain, 80 % should be right.
+People disagree, so even a perfect judge has an accuracy below 1. Where the data say how sure the
+labeller was (a column `p_chosen`), this ceiling is printed. So is the calibration: of the pairs
+that (RM.1) calls 80 % certain, 80 % should be ranked as labelled.
 
-Left out on purpose: rankings of more than two answers, and a likelihood for ties: `cli.collect`
-keeps the ties that it meets, training leaves them out.
+Left out on purpose: rankings of more than two answers, and a likelihood for ties. `cli.collect`
+writes down the ties that it meets, and training leaves them out.
 
     python reward_model.py --adapter runs/sft --out runs/reward_model
     python -m cli.collect --pairs 50 --out collected.jsonl
@@ -51,8 +53,8 @@ class Config:
     lora_alpha: float = 32.0  # alpha of a new adapter
     lora_targets: str = "auto"  # its layers, comma-separated; all-linear; auto: query, value
     max_length: int = 1024  # tokens of prompt and answer; a longer prompt loses its beginning
-    margin: float = 0.0  # m of the loss: by how much the preferred answer should lead
-    center: float = 0.001  # c of the loss: weight of the centring term
+    margin: float = 0.0  # by how much the preferred answer should lead
+    center: float = 0.001  # weight of the centring term
 
 
 TINY = {"lr": 1e-3, "micro_batch_size": 4}
@@ -64,7 +66,8 @@ def bradley_terry_loss(chosen, rejected, margin=0.0, center=0.0):
     """Negative log-likelihood of the preferences, plus the centring term. (RM.2)
 
     chosen, rejected [B]: scores of the preferred and of the other answer to the same prompt.
-    margin m: by how much the preferred one should lead, a number or [B]; center: the weight c.
+    margin: by how much the preferred one should lead, a number or [B]; center: the weight of the
+    centring term.
     Returns a scalar, nats per pair. Raises ValueError if the shapes differ.
     Source: arXiv:2009.01325, section 3.4; margin arXiv:2307.09288, Eq. 2."""
     if chosen.shape != rejected.shape:
@@ -208,7 +211,7 @@ def evaluate(model, tokenizer, rows, config, name="reward"):
     chosen, rejected = both.unbind(1)
     difference = chosen - rejected  # [pairs]
     stats = {
-        "loss": bradley_terry_loss(chosen, rejected).item(),  # (RM.2), without m and c
+        "loss": bradley_terry_loss(chosen, rejected).item(),  # (RM.2) with margin and center 0
         "accuracy": (difference > 0).float().mean().item(),  # (RM.3)
         "margin": difference.mean().item(),
         "mean score": both.mean().item(),

@@ -1,17 +1,17 @@
-"""Supervised fine-tuning: a base model learns to answer, and to stop (first stage of RLHF;
-Ouyang et al. 2022, arXiv:2203.02155, section 3.1).
+"""Supervised fine-tuning: a base model learns to answer, and to stop, from answers people wrote
+(the first stage of RLHF; Ouyang et al. 2022, arXiv:2203.02155, section 3.1).
 
-    (SFT.1)  L = -1/|M| sum_{t in M} log pi(y_t | x, y_<t)     M: response tokens and their EOS
-    (SFT.2)  perplexity = exp(total negative log-likelihood / total tokens), on held-out responses
+    (SFT.1)  L = -1/|M| sum_{t in M} log pi(y_t | s_t)     M: all answer tokens, EOS included
+    (SFT.2)  perplexity = exp(total negative log-likelihood / total tokens),  of held-out answers
     (SFT.3)  ROUGE-L = 2 precision recall / (precision + recall),  both LCS / number of words
 
-The algorithm, for each step:
+s_t is the prompt and the answer before y_t; LCS the longest common subsequence. For each step:
     1. take a batch of demonstrations: prompts and the answers that people wrote
-    2. one step of gradient descent on (SFT.1)
+    2. take one step of gradient descent on (SFT.1)
 
-The prompt is read but not learnt: its labels are -100. EOS is learnt: a model that never saw it in
-the loss never stops. Labels come from lengths, not from `ids == pad`, because in many models pad is
-EOS.
+The prompt is read but not learned: its labels are -100. EOS is learned: a model that never saw it
+in the loss never stops. Labels come from lengths and not from `ids == pad`, because in many models
+the padding token is EOS.
 
 Left out on purpose: packing several rows into one sequence, and a loss on the prompt.
 

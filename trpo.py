@@ -1,5 +1,6 @@
-"""TRPO for a language model: the largest step that keeps the policy near itself, where near is a
-distance between distributions and not between weights (Schulman et al. 2015, arXiv:1502.05477).
+"""TRPO for a language model: from each batch of answers it takes one step, the one that promises
+most among those that change the probabilities of the next token by at most a fixed KL divergence
+(Schulman et al. 2015, arXiv:1502.05477).
 
 One token is one action, and the text so far is the state. Equations named RL stand in several
 scripts, with the same number:
@@ -11,10 +12,11 @@ scripts, with the same number:
     (RL.5)  Vhat_t = A_t + V_t                                            what the critic learns
     (RL.6)  A <- (A - mean A) / sqrt(var A + 1e-8)                        over all tokens
     (TRPO.1) S(theta) = mean pi(y_t) / pi_old(y_t) A_t                    the surrogate
-    (TRPO.2) D(theta) = mean_t sum_v pi_old(v) log(pi_old(v) / pi(v))     exact, nats per token
+    (TRPO.2) D(theta) = mean_t sum_w pi_old(w) log(pi_old(w) / pi(w))     exact, nats per token
 
-TRPO maximises S where D <= max_kl. Near theta_old S is linear with gradient g, D is quadratic
-with the Fisher matrix F as its Hessian, so that the best step has the direction F^-1 g:
+In (TRPO.2), w is every token of the vocabulary. TRPO maximises S under the condition D <= max_kl.
+Near theta_old, S is linear with the gradient g. D is quadratic there, and its second derivatives
+are the Fisher matrix F. So the best step has the direction F^-1 g:
 
     (TRPO.3) F v = grad((grad D) . v)                  F itself is never formed
     (TRPO.4) u = (F + damping)^-1 g                    by conjugate gradient
@@ -26,21 +28,20 @@ with the Fisher matrix F as its Hessian, so that the best step has the direction
 The algorithm, for each step:
     1. sample answers y ~ pi_old to a batch of prompts, and score them
     2. from one score per answer to one advantage per token: (RL.2) to (RL.6)
-    3. the policy: a natural gradient step as long as the trust region allows, (TRPO.3) to (TRPO.6)
+    3. the policy: its direction and length by (TRPO.3) to (TRPO.5), then the line search (TRPO.6)
     4. the critic: a few passes of gradient descent on (TRPO.7)
 
-F has as many rows as LoRA has parameters. A change of A that B takes back changes no probability;
-with B = 0 all rows for A are zero. So F is singular, and where it is taken on a part of the batch
-(--fisher-rows), F u = g has no usable solution: hence the damping. The length of the step, in which
-damping has no part, is measured on the whole batch.
+F is singular. LoRA adds the product of two matrices, and one can change so that the other takes the
+change back; and as long as lora_B is 0, lora_A has no effect at all. The products with F also look
+at --fisher-rows answers only, while g looks at all, and then F u = g has no usable solution. Hence
+the damping. It has no part in the length of the step, which is measured on the whole batch.
 
 max_kl is per token. An answer of n tokens may move by about n max_kl in a step; both are logged.
-The paper's bound on how far S may be from the truth has the factor gamma / (1 - gamma)^2: at
-gamma = 1 it says nothing. For answers of at most H tokens the same argument ends at H (H - 1) max|A| max D,
-where max D is the largest KL of any single state.
+The paper's bound on the error of S has the factor gamma / (1 - gamma)^2, and at gamma = 1 it says
+nothing. For answers of at most H tokens the same argument gives H (H - 1) max|A| D_worst, where
+D_worst is the largest KL at any single state.
 
-Left out on purpose: a KL penalty in place of the constraint, and the value function's own trust
-region.
+Left out on purpose: a KL penalty in place of the constraint, and a trust region for the critic.
 
     python trpo.py --steps 200
     python trpo.py --max-kl 0.002 --reward tiny/world.py:gold_reward
@@ -390,7 +391,7 @@ def parts(batch, config, groups=None):
 
 
 def surrogate_of(model, b, config):
-    """(L (TRPO.1) of a micro-batch, the logits that it comes from), by the active adapter."""
+    """(S (TRPO.1) of a micro-batch, the logits that it comes from), by the active adapter."""
     logits = scaled_logits(model, b, config)
     logp = token_logps(logits, b["y"])  # (RL.1); the temperature is in the logits already
     return surrogate(logp, b["logp_old"], b["adv"], b["mask"]), logits
@@ -406,7 +407,7 @@ def move(parameters, old, step):
 
 @torch.no_grad()
 def gain_and_kl(model, batch, config):
-    """L (TRPO.1) and D (TRPO.2) of the policy as it stands, on the whole batch."""
+    """S (TRPO.1) and D (TRPO.2) of the policy as it stands, on the whole batch."""
     gain = kl = 0.0
     for b, share in parts(batch, config):
         part_gain, logits = surrogate_of(model, b, config)

@@ -193,6 +193,49 @@ def record_trust_region(around=48, side=9, answers=8):
             "gain": rounded(grid), "contours": contours, "steps": steps}
 
 
+def record_one_prompt(steps=20):
+    """One batch of PPO after `steps` steps of training, of which two rows are kept: every tensor of
+    an answer, token by token, up to the loss of each token after the update."""
+    config, model, tokenizer = start(ppo, steps=steps)
+    train, test = prompts()
+    ppo.train(model, tokenizer, train, "reward", config)
+    generator, rows = torch.Generator().manual_seed(config.seed), data.take(test, config.batch_size)
+    batch = collect(ppo, rows, model, tokenizer, generator, config)
+    mask, length = batch["mask"], batch["x_mask"].sum(1)
+    batch["k"] = (batch["logp_old"] - batch["logp_ref"]) * mask
+    raw, _ = ppo.gae(batch["rewards"], batch["values_old"], mask, config.gamma, config.lam)
+    following = torch.cat([batch["values_old"][:, 1:], torch.zeros(len(rows), 1)], 1)
+    batch["raw"] = raw  # before whitening
+    batch["delta"] = (batch["rewards"] + config.gamma * following - batch["values_old"]) * mask
+    optimizer = torch.optim.AdamW([
+        {"params": lora.adapter_parameters(model, name)} for name in ("policy", "critic")],
+        lr=config.lr, weight_decay=0.0)
+    ppo.update(model, optimizer, batch, config, generator)
+    logp = ppo.batch_logps(model, "policy", batch, config)
+    batch["ratio"] = ((logp - batch["logp_old"]) * mask).exp() * mask
+    batch["loss"] = torch.stack([
+        ppo.policy_loss(*(x.reshape(1, 1) for x in token), torch.ones(1, 1), config.clip)
+        for row in zip(logp, batch["logp_old"], batch["adv"]) for token in zip(*row)
+    ]).view_as(mask) * mask
+    # Of two answers with prompts and answers of different lengths, the one that is padded in both.
+    pick = min(range(len(rows)), key=lambda i: (mask[i].sum() + length[i]).item())
+    long = max(range(len(rows)), key=lambda i: (mask[i].sum() + length[i]).item())
+    record = {"steps": steps, "beta": config.beta, "gamma": config.gamma, "lam": config.lam,
+              "eps": config.clip, "temperature": config.temperature, "rows": []}
+    for i in (pick, long):  # of the longer one, only what the picture of the layout shows
+        kept = {"prompt": rows[i]["prompt"], "score": rounded(batch["score"][i].item())}
+        for side, ids in (("x", batch["x"][i]), ("y", batch["y"][i])):
+            real = batch["x_mask" if side == "x" else "mask"][i]
+            kept[side] = ids.tolist()
+            kept[f"{side}_mask"] = [int(m) for m in real]
+            kept[f"{side}_tokens"] = [tokenizer.decode([j]) if m else "" for j, m in zip(ids, real)]
+        for key in ("logp_old", "logp_ref", "k", "values_old", "rewards", "delta", "raw", "ret",
+                    "adv", "ratio", "loss") if i == pick else ():
+            kept[key] = rounded(batch[key][i, : int(mask[i].sum())])
+        record["rows"].append(kept)
+    return record
+
+
 def record_group():
     """A group of answers of the SFT model to a prompt, their scores and advantages."""
     config, model, tokenizer = start(grpo)
@@ -249,6 +292,7 @@ def record_curves(bins=25, gold_bins=10):
 
 RECORDS = {"models": record_models, "clip": record_clip, "credit": record_credit,
            "trust_region": record_trust_region, "group": record_group,
+           "one_prompt": record_one_prompt,
            "implicit_reward": record_implicit_reward, "curves": record_curves}
 
 
@@ -356,6 +400,134 @@ def draw_pipeline():
     flag(436, low - 9, "--adapter")
     flag(policies - 30, (top + middle) / 2, "--reward")
     flag(310, (top + middle) / 2, "--adapter")
+    return figure
+
+
+def draw_tokens(record, first=4, last=3):
+    """Two rows of a batch as the scripts hold them: prompts padded on the left, answers on the
+    right, the masks, and which position predicts which token."""
+    rows, wide, high = record["rows"], 62, 24
+    prompt, answer = len(rows[0]["x"]), len(rows[0]["y"])
+    ends = sorted({sum(row["y_mask"]) for row in rows})
+    # Of the prompt its first and last columns, of the answers the first ones and those around each
+    # end. Between them stand dots.
+    shown = [("x", j) for j in (0, 1, prompt - 2, prompt - 1)]
+    shown += [("y", j) for j in range(first - 1)]
+    shown += [("y", j) for j in range(ends[0] - 2, ends[0] + 1)] + [("y", answer - 1)]
+    gaps = [number for number, (side, j) in enumerate(shown)
+            if number and j and shown[number - 1] != (side, j - 1)]
+    figure, axes = canvas(80 + (wide + 2) * len(shown) + 16 * len(gaps) + 20, 290)
+
+    def place(number):  # the left edge of a column
+        return 66 + (wide + 2) * number + 16 * sum(gap <= number for gap in gaps) + 14 * (number > 3)
+
+    for number, (side, j) in enumerate(shown):
+        if number in gaps:
+            for top in (224, 158):
+                axes.text(place(number) - 9, top + 5, "…", ha="center", fontsize=11)
+        name = f"x[:, {j}]" if side == "x" else f"y[:, {j}]"
+        axes.text(place(number) + wide / 2, 252, name, ha="center", fontsize=8, family="monospace")
+    axes.text(place(0), 270, "prompts x, padded on the left", fontsize=9, fontweight="bold")
+    axes.text(place(4), 270, "answers y, padded on the right", fontsize=9, fontweight="bold")
+    for i, row in enumerate(rows):
+        top = 224 - 66 * i
+        axes.text(10, top + 4, f"row {i}", fontsize=9, fontweight="bold")
+        axes.text(10, top - 22, "mask", fontsize=9)
+        for number, (side, j) in enumerate(shown):
+            real, token = row[f"{side}_mask"][j], row[f"{side}_tokens"][j]
+            colour = (COLOURS["grpo"] if side == "x" else PLUS) if real else GREY
+            axes.add_patch(FancyBboxPatch(
+                (place(number) + 1, top - 4), wide - 4, high, linewidth=1, edgecolor=colour,
+                facecolor=matplotlib.colors.to_rgba(colour, 0.14 if real else 0.0),
+                linestyle="-" if real else ":", boxstyle="round,pad=0,rounding_size=3"))
+            said = repr(token)[1:-1].replace(" ", "\u00b7") if real else "pad"
+            axes.text(place(number) + wide / 2 - 1, top + 5, said, ha="center", va="center",
+                      fontsize=8, family="monospace")
+            axes.text(place(number) + wide / 2 - 1, top - 22, str(real), ha="center", fontsize=8,
+                      family="monospace")
+    bottom = 78
+    axes.text(10, bottom - 8, "logits", fontsize=9, fontweight="bold")
+    columns = [3, *(number for number, (side, _) in enumerate(shown) if side == "y")]
+    for at, (number, following) in enumerate(zip(columns[: first - 1], columns[1:])):
+        axes.text(place(number) + wide / 2 - 1, bottom - 8, f"[:, {at}]", ha="center", fontsize=8,
+                  family="monospace")
+        arrow(axes, (place(number) + wide / 2, bottom + 4), (place(following) + wide / 2 - 6, 152),
+              MINUS)
+    for y, said in ((42, "The logits after the last prompt token predict the first token of the "
+                         "answer: position t−1 predicts token t."),
+                    (24, "Padding gets mask 0, from lengths. The mask is 1 up to and including the "
+                         "token that ends the answer;"),
+                    (8, "an answer that was cut off has no such token, and its mask is 1 to the "
+                        "edge.")):
+        axes.text(10, y, said, fontsize=9)
+    return figure
+
+
+def draw_ppo_step():
+    """One PPO step as a flow of data, from prompts to two losses, phase by phase."""
+    figure, axes = canvas(760, 470)
+    wide, high = 124, 38
+
+    def data(x, y, *lines):
+        box(axes, x, y, wide, high, *lines)
+
+    def model(x, y, *lines, trained=False):
+        box(axes, x, y, wide, high, *lines, colour=PLUS if trained else GREY, fill=0.12,
+            dashed=not trained)
+
+    def formula(x, y, *lines):
+        box(axes, x, y, wide, high, *lines, colour=MINUS, fill=0.08)
+
+    for y, text in ((440, "1. Act"), (236, "2. Credit"), (110, "3. Learn")):
+        axes.text(8, y, text, fontsize=10, fontweight="bold")
+    for y in (262, 136):
+        axes.plot([8, 752], [y, y], color=GREY, linewidth=0.6, dashes=(3, 3))
+    data(110, 410, "prompts x", "[B, P]")
+    model(290, 410, "policy", "samples an answer", trained=True)
+    data(470, 410, "answers y, mask", "[B, R]")
+    for start, end in ((172, 228), (352, 408)):
+        arrow(axes, (start, 410), (end, 410))
+    columns = (110, 290, 470, 650)
+    model(columns[1], 346, "reference")
+    model(columns[2], 346, "reward")
+    model(columns[3], 346, "critic", trained=True)
+    data(columns[0], 290, "logp_old", "from the sampler")
+    data(columns[1], 290, "logp_ref", "[B, R]")
+    data(columns[2], 290, "score", "[B]")
+    data(columns[3], 290, "values_old", "[B, R]")
+    arrow(axes, (240, 391), (150, 309))
+    for x in columns[1:]:
+        arrow(axes, (x, 327), (x, 309))
+    arrow(axes, (430, 391), (330, 365))
+    arrow(axes, (470, 391), (470, 365))
+    arrow(axes, (520, 391), (610, 365))
+    formula(290, 210, "rewards", "(RL.2)")
+    formula(470, 210, "GAE", "(RL.3), (RL.4)")
+    formula(650, 210, "returns ret", "(RL.5)")
+    formula(470, 160, "whitened adv", "(RL.6)")
+    for x, to in ((130, 240), (290, 290), (450, 340)):
+        arrow(axes, (x, 271), (to, 229))
+    arrow(axes, (620, 271), (510, 229))
+    arrow(axes, (670, 271), (662, 229))
+    arrow(axes, (352, 210), (408, 210))
+    arrow(axes, (532, 210), (588, 210))
+    arrow(axes, (470, 191), (470, 179))
+    data(110, 72, "minibatches", "of all of the above")
+    model(290, 96, "policy", "logp, again", trained=True)
+    model(290, 46, "critic", "values, again", trained=True)
+    formula(470, 96, "policy_loss", "(PPO.1), (PPO.2)")
+    formula(470, 46, "value_loss", "(PPO.3)")
+    data(650, 96, "AdamW step", "of the policy")
+    data(650, 46, "AdamW step", "of the critic")
+    arrow(axes, (172, 78), (228, 94))
+    arrow(axes, (172, 66), (228, 48))
+    for y in (96, 46):
+        arrow(axes, (352, y), (408, y))
+        arrow(axes, (532, y), (588, y))
+    arrow(axes, (470, 141), (470, 115))
+    arrow(axes, (592, 191), (528, 65))
+    axes.text(8, 10, "Blue: trained. Dashed: frozen. Orange: an equation. Everything above the "
+              "lower line is fixed while the update learns from it.", fontsize=9)
     return figure
 
 
@@ -503,7 +675,7 @@ def scale_bar(axes, x, y, largest):
 def draw_trust_region(record):
     """Contours of the exact KL and of the surrogate on a plane; two steps to the same KL."""
     figure, axes = plt.subplots(figsize=(9, 4.8))
-    ticks, delta, gain = record["ticks"], record["max_kl"], record["gain"]
+    ticks, bound, gain = record["ticks"], record["max_kl"], record["gain"]
     lines = axes.contour(ticks, ticks, gain, 5, colors=GREY, linewidths=0.9, linestyles=":")
     for level in lines.levels:  # named where the contour meets the upper edge
         for x, after, low, high in zip(ticks, ticks[1:], gain[-1], gain[-1][1:]):
@@ -517,8 +689,8 @@ def draw_trust_region(record):
             arrowstyle="-|>", color=colour, linewidth=2.2, shrinkA=0, shrinkB=0))
         axes.plot([], [], color=colour, linewidth=2.2,
                   label=f"{label}: surrogate {steps[name]['gain']:+.4f}")
-    for part, width, label in (("1.0", 2.4, f"KL = δ = {delta:g} nats a token"),
-                               ("0.25", 1.0, "KL = δ / 4")):
+    for part, width, label in (("1.0", 2.4, f"KL = max_kl = {bound:g} nats per token"),
+                               ("0.25", 1.0, "KL = max_kl / 4")):
         contour = record["contours"][part]
         axes.plot(*zip(*contour, contour[0]), color=COLOURS["grpo"], linewidth=width, label=label)
     axes.plot([], [], ":", color=GREY, linewidth=1, label="equal surrogate, named above")
@@ -680,7 +852,9 @@ def draw(records, comparison, out):
     benchmarks/compare.py wrote, or None. Returns the names."""
     plt.rcParams.update(STYLE)
     figures = {
-        "pipeline": draw_pipeline(), "four_models": draw_four_models(records["models"]),
+        "pipeline": draw_pipeline(), "ppo_step": draw_ppo_step(),
+        "tokens": draw_tokens(records["one_prompt"]),
+        "four_models": draw_four_models(records["models"]),
         "clip": draw_clip(records["clip"]), "credit": draw_credit(records["credit"]),
         "trust_region": draw_trust_region(records["trust_region"]),
         "group": draw_group(records["group"]),

@@ -25,19 +25,28 @@ from pygments.lexers import PythonLexer
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-SCRIPTS = ("sft", "reward_model", "ppo", "grpo", "dpo", "trpo", "lora")  # in the reading path's order
+# In the order of the reading path. reinforce.py stands in docs/, the others at the root.
+SCRIPTS = ("sft", "reward_model", "reinforce", "ppo", "grpo", "dpo", "trpo", "lora")
 LENT = ("common", "lora")  # their functions open where a script calls them
 TAG = re.compile(r"\(((?:RL|SFT|RM|PPO|TRPO|GRPO|DPO|LORA)\.\d+)\)")
+# In MathML: a letter with a hat or a bar, or a letter. Longer names, such as log, are none.
+LETTER = r"<mover>.*?</mover>|<mi>(?:.|&#x\w+;)</mi>"
 MARKS = {"GRPO": "grpo", "DPO": "dpo", "PPO": "ppo", "TRPO": "trpo", "SFT": "sft", "LORA": "lora",
          "RM": "reward_model"}
 
 # ------------------------------------------------------------------------------ the sources
 
 
+def source(name):
+    """The text of a script."""
+    file = ROOT / f"{name}.py"
+    return (file if file.is_file() else DOCS / f"{name}.py").read_text()
+
+
 def functions(name):
     """{function, class or method: (first line, last line)} of a script, decorators included."""
     found = {}
-    for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
+    for node in ast.parse(source(name)).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             found[node.name] = (first, node.end_lineno)
@@ -50,7 +59,7 @@ def functions(name):
 def tag_lines(name):
     """{tag: line of the code that computes it}: the first one below the script's docstring, or the
     docstring's own where no line has the tag."""
-    text = (ROOT / f"{name}.py").read_text()
+    text = source(name)
     docstring = ast.parse(text).body[0].end_lineno
     inside, below, comment = {}, {}, {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -60,15 +69,19 @@ def tag_lines(name):
     return {**inside, **below, **comment}
 
 
-def symbols():
-    """The rows of the symbol table in docs/glossary.md: [(formula, code name, shape, meaning)]."""
-    page = DOCS / "glossary.md"
-    rows = []
-    for line in page.read_text().splitlines() if page.is_file() else []:
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if len(cells) == 4 and "`" in cells[1] and not cells[0].startswith("-"):
-            rows.append(cells)
-    return rows
+def symbols(name):
+    """The rows of a page's symbol table: [(formula, code name, shape, meaning)]. A page without one
+    has the table of docs/glossary.md."""
+    file = page_file(name)
+    found = re.search(r"\n\| in formulas \|.*\n\|[-|]+\n((?:\|.*\n)+)", file.read_text())
+    if not found:
+        return symbols("glossary")
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in found[1].splitlines()]
+    return [[cell.strip() for cell in row[:4]] for row in cells]
+
+
+def page_file(name):
+    return DOCS / ("README.md" if name == "index" else f"{name}.md")
 
 
 # ------------------------------------------------------------------------------ Markdown to HTML
@@ -79,6 +92,8 @@ def mathml(tex, display):
 
     words = r"\\(?:text|texttt|mathrm|mathtt)\{[^{}]*\}"  # in these an underscore is escaped
     tex = re.sub(words, lambda m: m[0].replace(r"\_", "_"), tex)
+    # Two spellings that GitHub knows and latex2mathml does not.
+    tex = re.sub(r"\\mathcal ([A-Z])", r"\\mathcal{\1}", tex.replace("{aligned}", "{align*}"))
     return convert(tex, display="block" if display else "inline")
 
 
@@ -108,27 +123,29 @@ class Page:
         self.defined = functions(name) if self.script else {}
         self.lines = tag_lines(name) if self.script else {}
         self.headings, self.mentioned = [], set()
-        self.symbols = symbols()
+        self.symbols = symbols(name)
         self.by_code = {code.strip("`"): i for i, row in enumerate(self.symbols)
-                        for code in row[1].split(", ")}
+                        for code in row[1].split(", ") if code.startswith("`")}
         self.by_letter = self.letters()
 
     def letters(self):
-        """{first letter of a formula: row of the symbol table}, for the letters of one meaning."""
+        """{letter that a formula begins with: its rows of the symbol table}, such as A_t and A_i."""
         found = {}
         for i, row in enumerate(self.symbols):
-            letter = re.search(r"<mi>(.*?)</mi>", self.formula(row[0].strip("$`"), False))
+            formula = self.formula(row[0].strip("$`"), False)
+            letter = re.match(rf"(?:<(?:math|mrow|msub|msup|msubsup)\b[^>]*>)*({LETTER})", formula)
             if letter:
-                found.setdefault(html.unescape(letter[1]), []).append(i)
-        return {letter: rows[0] for letter, rows in found.items() if len(rows) == 1}
+                found.setdefault(letter[1], []).append(i)
+        return {letter: " ".join(map(str, rows)) for letter, rows in found.items()}
 
     def formula(self, tex, display):
         """MathML whose letters know their row of the symbol table."""
         def know(match):
-            row = getattr(self, "by_letter", {}).get(html.unescape(match[1]))
-            return match[0] if row is None else f'<mi class="sym" data-sym="{row}">{match[1]}</mi>'
+            row = getattr(self, "by_letter", {}).get(match[0])
+            return match[0] if row is None else match[0].replace(
+                ">", f' class="sym" data-sym="{row}">', 1)
 
-        return re.sub(r"<mi>(.*?)</mi>", know, mathml(tex, display))
+        return re.sub(LETTER, know, mathml(tex, display))
 
     # ---- rules for the parts of a page
 
@@ -205,16 +222,24 @@ class Page:
                  "math": lambda tokens, i, *_: self.formula(tokens[i].content, False)}
         for name, rule in rules.items():
             md.renderer.rules[name] = rule
-        file = DOCS / ("README.md" if self.name == "index" else f"{self.name}.md")
-        return md.render(file.read_text())
+        return md.render(page_file(self.name).read_text())
 
     # ---- the script
 
+    def words(self, text):
+        """A cell of the symbol table as HTML: formulas and code names in it as on the page."""
+        text = re.sub(r"\$`(.*?)`\$", lambda m: f"\0{m[1]}\0", text)
+        parts = text.split("\0")
+        for i, part in enumerate(parts):
+            parts[i] = self.formula(part, False) if i % 2 else re.sub(
+                r"`([^`]*)`", r"<code>\1</code>", html.escape(part))
+        return "".join(parts)
+
     def listing(self, module, first=1, last=None):
         """Lines of a module with colours, line numbers, and links for tags, symbols and calls."""
-        source = (ROOT / f"{module}.py").read_text().splitlines()[first - 1 : last]
+        lines = source(module).splitlines()[first - 1 : last]
         own = module == self.script and first == 1
-        rows = highlight("\n".join(source), PythonLexer(stripnl=False, ensurenl=False),
+        rows = highlight("\n".join(lines), PythonLexer(stripnl=False, ensurenl=False),
                          HtmlFormatter(nowrap=True)).split("\n")
         known, out = functions(module), []
         for number, row in enumerate(rows, first):
@@ -360,7 +385,7 @@ const tip = document.querySelector('#tip');
 function hover(event) {
   const node = event.target.closest && event.target.closest('.sym');
   if (!node) { tip.style.display = 'none'; return; }
-  tip.innerHTML = SYMBOLS[node.dataset.sym]; tip.style.display = 'block';
+  tip.innerHTML = node.dataset.sym.split(' ').map(row => SYMBOLS[row]).join('<hr>'); tip.style.display = 'block';
   const box = node.getBoundingClientRect();
   tip.style.left = Math.min(box.left, innerWidth - tip.offsetWidth - 8) + 'px';
   tip.style.top = (box.bottom + tip.offsetHeight + 8 < innerHeight ? box.bottom + 6
@@ -375,7 +400,7 @@ addEventListener('hashchange', arrive); arrive();
 """
 
 TITLES = {"index": "The course", "sft": "SFT", "reward_model": "Reward model", "ppo": "PPO",
-          "grpo": "GRPO", "dpo": "DPO", "trpo": "TRPO", "lora": "LoRA"}
+          "grpo": "GRPO", "dpo": "DPO", "trpo": "TRPO", "lora": "LoRA", "reinforce": "REINFORCE"}
 
 
 def build_page(name, names):
@@ -400,7 +425,7 @@ def build_page(name, names):
         body += (f'<section id="code"><pre class="highlight">{page.listing(name)}</pre>'
                  f"{page.helpers()}</section>")
     rows = [f"{page.formula(formula.strip('$`'), False)} &nbsp; <code>{html.escape(code)}</code>"
-            f" &nbsp; {html.escape(shape)}<br>{html.escape(meaning)}"
+            f" &nbsp; {html.escape(shape)}<br>{page.words(meaning)}"
             for formula, code, shape, meaning in page.symbols]
     light = HtmlFormatter(style="default").get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")

@@ -863,6 +863,15 @@ def test_a_base_that_never_stops_learns_only_without_a_missing_eos_score(kind, m
     assert moved == learns
 
 
+def test_a_group_of_equal_scores_is_counted_though_rounding_gives_it_a_spread(kind):
+    constant = next(i / 37 for i in range(1, 200) if torch.full((1, 6), i / 37).std(1) > 0)
+    config = grpo.Config(**{**RUN, "steps": 1, "batch_size": 6, "group_size": 6, "beta": 0.0,
+                            "minibatches": 1, "missing_eos_score": None})
+    [row] = grpo.train(
+        toy(kind), Letters(), PROMPTS, lambda p, r, rows: [constant] * len(r), config)
+    assert row["zero_std_groups"] == 1 and row["grad_norm"] == 0
+
+
 # ------------------------------------------------------------------------------ as a library
 
 
