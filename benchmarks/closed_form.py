@@ -14,9 +14,11 @@ With the KL in the reward, and with dpo, learning ends at pi*. With a KL estimat
 the loss it does so only if a response is one token: a per-token KL in the loss does not see how a
 token changes the KL of the states after it. Where it ends instead has a closed form: `optimum`.
 
-    python benchmarks/closed_form.py      prints the distances; draws them, if matplotlib is there
+    python benchmarks/closed_form.py      prints the distances, keeps them in closed_form.json, and
+                                          draws them, if matplotlib is there
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -327,9 +329,10 @@ def curve(toy, run, target):
 
 
 def measure(seed=0):
-    """(curves, ends): of each algorithm with exact expectations the distances to pi* from the
-    reference on; of each KL in the loss, by length, the distance to pi* where it ends."""
-    toy, curves, ends = Toy(3, seed), {}, {}
+    """(curves, samples, ends): of each algorithm with exact expectations the distances to pi* from
+    the reference on; the last distance from samples; of each KL in the loss, by length, the
+    distance to pi* where it ends."""
+    toy, curves, samples, ends = Toy(3, seed), {}, {}, {}
     star = optimum(toy)
     before = distance(toy.response_logps(toy.reference), star)
     print(f"KL(pi || pi*), nats; the reference is at {before:.2f}\n")
@@ -337,6 +340,7 @@ def measure(seed=0):
     for name, run in ALGORITHMS.items():
         curves[name] = [before, *curve(toy, run(toy), star)]
         sampled = curve(toy, run(toy, **SAMPLED[name]), star)
+        samples[name] = sampled[-1]
         print(f"{name:10} {curves[name][-1]:12.1e} in {len(curves[name]) - 1:3} batches "
               f"{sampled[-1]:12.1e} in {len(sampled)} x {SAMPLED[name]['draw']}")
     print("\nGRPO, exact: the KL is    tokens     to pi*  to its own closed form")
@@ -352,7 +356,7 @@ def measure(seed=0):
             own = distance(logp, optimum(toy, kl_in=where))
             label = "in the reward" if kl == "reward" else f"{kl} in the loss"
             print(f"{label:25} {length:5} {ends[kl, length]:10.1e} {own:10.1e}")
-    return curves, ends
+    return curves, samples, ends
 
 
 def draw_figure(curves, ends, path):
@@ -394,7 +398,13 @@ def draw_figure(curves, ends, path):
 
 def main():
     torch.set_num_threads(1)
-    curves, ends = measure()
+    curves, samples, ends = measure()
+    record = {"exact": {name: distances[-1] for name, distances in curves.items()},
+              "sampled": samples, "grpo": {}}
+    for (kl, _), end in ends.items():  # lengths 1, 2, 3
+        name = "in the reward" if kl == "reward" else f"{kl} in the loss"
+        record["grpo"].setdefault(name, []).append(end)
+    (ROOT / "benchmarks" / "closed_form.json").write_text(json.dumps(record, indent=1) + "\n")
     try:
         draw_figure(curves, ends, ROOT / "docs" / "closed_form.svg")
         print("\ndrawn: docs/closed_form.svg")

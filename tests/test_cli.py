@@ -1,9 +1,12 @@
 """The commands from outside: bad input ends in one line, a run writes what it promises."""
 
 import functools
+import importlib
 import io
+import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -834,3 +837,40 @@ def test_a_chat_whose_template_refuses_the_prompt_ends_in_one_line(capsys, house
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert "no chat" in error
+
+
+# ------------------------------------------------------------------------------ the README
+
+ELSEWHERE = {"-m pytest": "", "docs/reinforce.py": "test_figures.py",
+             "docs/side_by_side.py": "test_side_by_side.py", "benchmarks/compare.py": "test_draw.py",
+             "benchmarks/closed_form.py": "test_closed_form.py"}
+
+
+@pytest.mark.parametrize("house", ["llama"], indirect=True)
+def test_the_commands_of_the_readme_run_one_after_another(house, monkeypatch):
+    """All of them, from top to bottom, in one folder, with the stand-in for tiny/ and for a model
+    and data of the hub."""
+    monkeypatch.setattr("builtins.input", lambda *_: next(answers))
+    answers = itertools.chain(["hello", ""], itertools.repeat("a"))
+    text = (ROOT / "README.md").read_text()
+    Path("reward.py").write_text(text.partition("    # reward.py")[2].partition("\n\n")[0]
+                                 .partition("\n")[2].replace("\n    ", "\n").strip())
+    shorter = ["--steps", "1", "--batch-size", "4"]
+    hub = {"facebook/opt-350m": str(house / "model"),
+           "databricks/databricks-dolly-15k": str(house / "demonstrations.jsonl")}
+    commands = re.findall(r"python ((?:-m |\S+\.py)[^\n`|#&]*)", text)
+    assert len(commands) > 15
+    for line in commands:
+        argv = [hub.get(word, word) for word in line.split("    ")[0].split()]
+        if argv[0] == "-m" and argv[1].startswith("cli."):
+            module = importlib.import_module(argv[1])
+            more = [] if argv[1] == "cli.export" else ["--device", "cpu", "--max-new-tokens", "4"]
+            module.main([*argv[2:], *more, *(["--pairs", "8"] if "collect" in argv[1] else [])])
+        elif argv[0].removesuffix(".py") in SCRIPTS:
+            script = argv[0].removesuffix(".py")
+            SCRIPTS[script].main([*argv[1:], *arguments(script, *shorter)])
+        else:
+            known = next(file for start, file in ELSEWHERE.items() if line.startswith(start))
+            assert (ROOT / "tests" / known).exists()
+    assert {"a", "b", "c", "ppo", "sft", "dpo"} <= {path.name for path in Path("runs").iterdir()}
+    assert Path("merged/model.safetensors").is_file()

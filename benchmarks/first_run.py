@@ -1,0 +1,65 @@
+"""Runs what the README tells a newcomer to run, and keeps what there was to see.
+
+    python benchmarks/first_run.py
+
+Each script once, alone, with its defaults on the tiny model: how long the whole command took, the
+table of held-out prompts that it printed, and what the models before and after PPO answer to a few
+prompts. All of it goes to benchmarks/first_run.json, from which docs/figures.py writes the README.
+It takes about half an hour.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "runs" / "first"
+COMMANDS = {
+    "sft": ["sft.py"], "reward_model": ["reward_model.py", "--adapter", "runs/first/sft"],
+    "ppo": ["ppo.py", "--steps", "200"], "grpo": ["grpo.py", "--steps", "200"],
+    "dpo": ["dpo.py", "--steps", "200"], "trpo": ["trpo.py", "--steps", "200"]}
+PROMPTS = ("Explain quantum computing to a 10-year-old.", "Could you explain bees in simple words?",
+           "My son wants to know about volcanoes.", "Tell me about ants.", "Why do bees sting?")
+
+
+def run(*command):
+    """What a command of this repository prints."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(command)} failed\n{done.stderr}")
+    return done.stdout
+
+
+def table(text):
+    """{name: [before, after]} of the table at the end of a script's output."""
+    rows = text.rpartition("held-out rows")[2].splitlines()[1:]
+    found = (re.fullmatch(r"(\w+) +(-?[\d.]+) +(-?[\d.]+)", row) for row in rows)
+    return {row[1]: [float(row[2]), float(row[3])] for row in found if row}
+
+
+def answer(adapter, prompt):
+    return run("-m", "cli.chat", "--adapter", adapter, "--prompt", prompt, "--temperature", "0",
+               "--max-new-tokens", "96").strip()
+
+
+def main():
+    shutil.rmtree(OUT, ignore_errors=True)
+    record = {}
+    for name, command in COMMANDS.items():
+        clock = time.time()
+        text = run(*command, "--out", f"runs/first/{name}")
+        record[name] = {"command": " ".join(command), "seconds": round(time.time() - clock),
+                        "table": table(text)}
+        print(name, record[name]["seconds"], "s")
+    adapters = {"base": "none", "sft": "tiny/sft", "ppo": "runs/first/ppo"}
+    record["answers"] = {prompt: {who: answer(adapter, prompt) for who, adapter in adapters.items()}
+                         for prompt in PROMPTS}
+    (ROOT / "benchmarks" / "first_run.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

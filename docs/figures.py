@@ -1,0 +1,256 @@
+"""Writes every number of the pages that comes from a run, or from the files here, between markers.
+
+    python docs/figures.py              writes them anew in README.md and docs/*.md
+    python docs/figures.py --record     first runs docs/reinforce.py and keeps what it prints
+
+A marker is a comment, <!-- name --> or <!-- name: argument -->, and what follows it up to the next
+<!-- end --> is what the function `name` below returns. Records are docs/records/*.json and
+benchmarks/*.json; the scripts that measure write those, and nothing here measures.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+MARKER = re.compile(r"(<!-- (\w+)(?:: ([^>]*?))? -->)(.*?)(<!-- end -->)", re.S)
+
+
+def record(name):
+    """A record by its name: docs/records/<name>.json or benchmarks/<name>.json."""
+    places = (DOCS / "records" / f"{name}.json", ROOT / "benchmarks" / f"{name}.json")
+    return json.loads(next(place for place in places if place.is_file()).read_text())
+
+
+def grid(rows):
+    """A Markdown table from rows of cells, the first one its head."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n" + "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def number(x, digits=2):
+    """A number in plain notation, or with an exponent where it would have too many zeros."""
+    return "0" if abs(x) < 1e-5 else f"{x:.{digits}f}" if abs(x) >= 0.01 else f"{x:.1e}"
+
+
+# ------------------------------------------------------------------------------ of the files
+
+
+def minutes(page, name=None):
+    """How long a page takes: 150 words a minute, half a minute for each formula in a block."""
+    text = (DOCS / f"{name or page}.md").read_text()
+    text = re.sub(r"<details>.*?</details>", "", text, flags=re.S)  # symbols, answers to exercises
+    blocks = len(re.findall(r"^```math", text, flags=re.M))
+    prose = re.sub(r"```.*?```|\$`.*?`\$|<!--.*?-->|^## References.*", " ", text, flags=re.S | re.M)
+    return str(max(5, 5 * round((len(prose.split()) / 150 + blocks / 2) / 5)))
+
+
+def lines(page, name):
+    """The lines of a script, or of all Python files of a folder."""
+    path = ROOT / name
+    files = path.glob("*.py") if path.is_dir() else [path]
+    return str(sum(len(file.read_text().splitlines()) for file in files))
+
+
+def mistakes(page):
+    """How many entries docs/mistakes.md has."""
+    return str(len(re.findall(r"^\*\*\d+\. ", (DOCS / "mistakes.md").read_text(), flags=re.M)))
+
+
+def file(page, name):
+    """A Python file of docs/, as it stands."""
+    return f"\n```python\n{(DOCS / name).read_text()}```\n"
+
+
+# ------------------------------------------------------------------------------ of exact worlds
+
+
+def reinforce(page):
+    """What docs/reinforce.py printed."""
+    return "\n```\n" + "\n".join(record("reinforce")["lines"]) + "\n```\n"
+
+
+def closed_form(page):
+    """Where the four algorithms end on the toy, and where a KL in the loss does."""
+    ends = record("closed_form")
+    names = {"ppo": "PPO", "trpo": "TRPO", "grpo": "GRPO, KL in the reward", "dpo": "DPO"}
+    return grid([["KL(pi, pi\\*) at the end", *names.values()],
+                 *([kind, *(f"{ends[kind][name]:.1e}" for name in names)]
+                   for kind in ("exact", "sampled"))])
+
+
+def kl_in_the_loss(page):
+    """Where GRPO ends on the toy, by where the KL stands and how long answers are."""
+    rows = record("closed_form")["grpo"]
+    return grid([["KL(pi, pi\\*) at the end", "1 token", "2 tokens", "3 tokens"],
+                 *([name, *(f"{x:.1e}" for x in distances)] for name, distances in rows.items())])
+
+
+# ------------------------------------------------------------------------------ of one prompt
+
+
+def one_prompt(page, what):
+    """What is known of one answer: its prompt, what the models say of it, what PPO makes of it."""
+    found = record("one_prompt")
+    row = found["rows"][0]
+    if what in found:
+        return str(found[what])
+    if what in ("prompt", "score"):
+        return str(row[what])
+    if what == "text":
+        return " ".join("".join(row["y_tokens"]).split()).replace("<eos>", "").strip()
+    if what == "tokens":
+        return grid([["", *(f"x[{j}]" for j in range(len(row["x"])))],
+                     ["id", *row["x"]], ["token", *(visible(t) for t in row["x_tokens"])],
+                     ["x_mask", *row["x_mask"]]])
+    n = sum(row["y_mask"])
+    shown = [*range(8), *range(n - 4, n)]  # the first tokens and the last ones
+    columns = {
+        "models": [("logp_old", "`logp_old`"), ("logp_ref", "`logp_ref`"), ("k", "$`k_t`$"),
+                   ("values_old", "`values_old`")],
+        "credit": [("rewards", "$`R_t`$"), ("delta", "$`\\delta_t`$"), ("raw", "$`A_t`$"),
+                   ("ret", "$`\\hat V_t`$"), ("adv", "whitened $`A_t`$")],
+        "loss": [("adv", "`adv`"), ("ratio", "$`\\rho_t`$"), ("loss", "loss of the token")]}[what]
+    rows = [["t", "token", *(["id"] if what == "models" else []), *(head for _, head in columns)]]
+    for at, j in enumerate(shown):
+        if at and shown[at - 1] != j - 1:
+            rows.append(["..."] + [""] * (len(rows[0]) - 1))
+        ids = [row["y"][j]] if what == "models" else []
+        rows.append([j + 1, visible(row["y_tokens"][j]), *ids,
+                     *(number(row[key][j], 3) for key, _ in columns)])
+    return grid(rows)
+
+
+def visible(token):
+    """A token as code, with its space and line break to be seen."""
+    return f"`{token}`".replace("\n", "\\n").replace(" ", "·") if token else "pad"
+
+
+# ------------------------------------------------------------------------------ of the comparison
+
+NAMES = {"1": "SFT", "4": "best of 4", "16": "best of 16", "64": "best of 64",
+         "dpo": "DPO", "ppo": "PPO", "trpo": "TRPO", "grpo": "GRPO"}
+
+
+def seeds(name):
+    """The runs of a script of the comparison, by seed; of 1, 4, 16, 64: the best of so many."""
+    found = record("compare")
+    if name in found["best of"]:
+        return [found["best of"][name]]
+    return [run for key, run in sorted(found["runs"].items()) if key.startswith(f"{name}-seed")]
+
+
+def spread(name, column):
+    """Mean and standard deviation over seeds, or the number of the one model."""
+    values = [run[column] for run in seeds(name) if column in run]
+    if not values:
+        return ""
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def results(page, columns="score, gold, KL, seconds"):
+    """The table of the comparison, with the columns named in the marker."""
+    columns = columns.split(", ")
+    return grid([["", *columns], *([label, *(spread(name, c) for c in columns)]
+                                   for name, label in NAMES.items())])
+
+
+def compare(page, what):
+    """One number of the comparison: "ppo gold" is the mean of its seeds, "ppo-long KL" of a run,
+    "ppo-long step-80 gold" of a run at a step, "4 gold" of the best of 4."""
+    name, *step, column = what.split()
+    column = {"topic": "on topic"}.get(column, column)
+    runs = record("compare")["runs"]
+    if name in runs:
+        found = runs[name]["steps"][step[0]] if step else runs[name]
+        return f"{found[column]:.2f}"
+    return f"{mean(run[column] for run in seeds(name)):.2f}"
+
+
+def first(page, what):
+    """Of the README's own commands: "ppo minutes", "ppo score before", "ppo score after"."""
+    name, key, *when = what.split()
+    found = record("first_run")[name]
+    if key == "minutes":
+        return f"{found['seconds'] / 60:.1f}"
+    return f"{found['table'][key][when == ['after']]:.2f}"
+
+
+def answers(page, who):
+    """What a model answered to a prompt: "ppo: Tell me about ants."."""
+    model, _, prompt = who.partition(": ")
+    return record("first_run")["answers"][prompt][model]
+
+
+def probe(page):
+    """How often the reward model prefers a clean answer to its damaged copy, by kind of damage."""
+    found = record("probe")
+    return grid([list(found), [f"{100 * share:.1f} %" for share in found.values()]])
+
+
+def smollm2(page):
+    """Before and after of each script on SmolLM2-135M-Instruct."""
+    rows = [["script", "steps", "held out", "before", "after"]]
+    for name, run in record("smollm2").items():
+        for key, (before, after) in run["held out, before and after"].items():
+            rows.append([name, run["flags"]["steps"], key, number(before), number(after)])
+            name = ""
+    return grid(rows)
+
+
+def peaks(page):
+    """Peak memory of each script with a larger model on a GPU."""
+    found = record("gpu_memory")
+    return grid([["", *found["peak GB"]], ["GB", *found["peak GB"].values()]])
+
+
+FIGURES = (minutes, lines, mistakes, file, reinforce, closed_form, kl_in_the_loss, one_prompt,
+           results, compare, first, answers, probe, smollm2, peaks)
+
+# ------------------------------------------------------------------------------ command
+
+
+def filled(text, page):
+    """The text of a page with all that stands between markers written anew."""
+    known = {figure.__name__: figure for figure in FIGURES}
+
+    def fill(match):
+        start, name, argument, _, end = match.groups()
+        if name not in known:
+            raise ValueError(f"{page}: no figure has the name {name!r}")
+        return start + known[name](page, *([argument] if argument else [])) + end
+
+    return MARKER.sub(fill, text)
+
+
+def pages():
+    return [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def record_reinforce():
+    """Runs docs/reinforce.py, and keeps what it prints."""
+    done = subprocess.run([sys.executable, DOCS / "reinforce.py"], capture_output=True, text=True,
+                          check=True)
+    found = json.dumps({"lines": done.stdout.splitlines()}, indent=1)
+    (DOCS / "records" / "reinforce.json").write_text(found + "\n")
+
+
+def main(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument("--record", action="store_true", help="run docs/reinforce.py anew")
+    args = p.parse_args(argv)
+    if args.record:
+        record_reinforce()
+    for page in pages():
+        page.write_text(filled(page.read_text(), page.stem))
+
+
+if __name__ == "__main__":
+    main()
