@@ -94,8 +94,8 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta=0.1, loss="sigmoid", label_smoot
     """Negative log-likelihood of the preferences under the policy's own reward. (DPO.1) to (DPO.3)
 
     logp_w, logp_l [B]: log-probability of the chosen and of the rejected answer, summed over its
-    tokens, with gradient; ref_w, ref_l [B]: the reference's. beta: units of reward per nat.
-    label_smoothing: flip, the share of labels believed wrong (cDPO). Returns a scalar, the mean
+    tokens, with gradient; ref_w, ref_l [B]: the reference's. beta: units of reward per nat; with
+    label_smoothing, flip, that share of labels is believed wrong (cDPO). Returns a scalar, the mean
     over pairs. Raises ValueError for another loss, for label smoothing with ipo, and for shapes
     that differ.
     Source: arXiv:2305.18290, Eq. 7; arXiv:2310.12036, Eq. 17 (ipo, summed log-probabilities)."""
@@ -313,7 +313,7 @@ def sample_answers(model, tokenizer, rows, reward, config):
 
 
 def main(argv=None):
-    """Reads the flags, loads, trains, prints. Only this needs `cli`: a copied file needs it not."""
+    """Reads flags, loads, trains, prints. Only this needs `cli`: a copied file works without it."""
     from cli import data, flags, models, rewards, runs
 
     with flags.errors():

@@ -65,9 +65,8 @@ TINY = {"lr": 1e-3, "micro_batch_size": 4}
 def bradley_terry_loss(chosen, rejected, margin=0.0, center=0.0):
     """Negative log-likelihood of the preferences, plus the centring term. (RM.2)
 
-    chosen, rejected [B]: scores of the preferred and of the other answer to the same prompt.
-    margin: by how much the preferred one should lead, a number or [B]; center: the weight of the
-    centring term.
+    chosen, rejected [B]: scores of the preferred and of the other answer to the same prompt;
+    by `margin`, a number or [B], the first should lead; `center` is the centring term's weight.
     Returns a scalar, nats per pair. Raises ValueError if the shapes differ.
     Source: arXiv:2009.01325, section 3.4; margin arXiv:2307.09288, Eq. 2."""
     if chosen.shape != rejected.shape:
@@ -226,7 +225,7 @@ def evaluate(model, tokenizer, rows, config, name="reward"):
 
 
 def main(argv=None):
-    """Reads the flags, loads, trains, prints. Only this needs `cli`: a copied file needs it not."""
+    """Reads flags, loads, trains, prints. Only this needs `cli`: a copied file works without it."""
     from cli import data, flags, models, runs
 
     with flags.errors():

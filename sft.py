@@ -8,6 +8,7 @@
 s_t is the prompt and the answer before y_t; LCS the longest common subsequence. For each step:
     1. take a batch of demonstrations: prompts and the answers that people wrote
     2. take one step of gradient descent on (SFT.1)
+    3. measure the loss of the batch, before the step
 
 The prompt is read but not learned: its labels are -100. EOS is learned: a model that never saw it
 in the loss never stops. Labels come from lengths and not from `ids == pad`, because in many models
@@ -214,7 +215,7 @@ def evaluate(model, tokenizer, rows, config, policy="policy"):
 
 
 def main(argv=None):
-    """Reads the flags, loads, trains, prints. Only this needs `cli`: a copied file needs it not."""
+    """Reads flags, loads, trains, prints. Only this needs `cli`: a copied file works without it."""
     from cli import data, flags, models, runs
 
     with flags.errors():

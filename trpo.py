@@ -582,7 +582,7 @@ def evaluate(model, tokenizer, rows, reward, config):
 
 
 def main(argv=None):
-    """Reads the flags, loads, trains, prints. Only this needs `cli`: a copied file needs it not."""
+    """Reads flags, loads, trains, prints. Only this needs `cli`: a copied file works without it."""
     from cli import data, flags, models, rewards, runs
 
     with flags.errors():

@@ -67,8 +67,7 @@ def main(argv=None):
     with flags.errors():
         args = parse_args(argv)
         flags.quiet()
-        model, tokenizer = common.load_model(
-            args.model, args.device, args.dtype, args.trust_remote_code)
+        model, tokenizer = models.open_model(args, args.model)
         args.max_length = models.readable(model, args.max_length)
         if args.max_new_tokens is None:
             args.max_new_tokens = min(128, args.max_length // 2)

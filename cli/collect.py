@@ -143,8 +143,7 @@ def session(args):
         found, _ = data.load_data(args.data, ["prompt"], need_test=False)
         found = {json.dumps(row["prompt"]): row["prompt"] for row in found}
         prompts = {key: found[key] for key in data.take(list(found), len(found), args.seed)}
-        model, tokenizer = common.load_model(
-            args.model, args.device, args.dtype, args.trust_remote_code)
+        model, tokenizer = models.open_model(args, args.model)
         args.max_length = models.readable(model, args.max_length)
         name = "policy" if args.adapter else None
         if name:

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 
 import common
+from cli import tasks
 
 ACCEPTED = (
     "instruction[, context or input] with response or output; prompt, completion; messages; "
@@ -70,7 +71,9 @@ def is_text(value):
 
 
 def read_data(spec):
-    """{split: rows} of a hub id[:split], a data file, or a folder that `datasets` saved."""
+    """{split: rows} of a hub id[:split], a file, a task, or a folder that `datasets` saved."""
+    if tasks.is_task(spec):
+        return {"train": tasks.rows(spec)}  # each row says its own split
     path = Path(spec)
     builders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     builder = builders.get(path.suffix)
@@ -115,7 +118,7 @@ def load_data(spec, need, need_test=True):
             else:
                 dropped += 1
     if dropped and not found:
-        columns = ", ".join(rows.column_names)
+        columns = ", ".join(row)
         raise ValueError(f"--data {spec}: {wanted} cannot be read as text from rows with the "
                          f"columns {columns}; accepted: {ACCEPTED}")
     if dropped:

@@ -87,9 +87,9 @@ def main(argv=None):
             raise ValueError("merge needs --out, the folder to write")
         if args.out and Path(args.out).exists():
             raise ValueError(f"{args.out} exists; name a new folder with --out")
-        dtype = "fp32" if args.dtype == "auto" else args.dtype
-        model, tokenizer = common.load_model(args.model or models.adapter_base(args.adapter),
-                                             args.device, dtype, args.trust_remote_code)
+        args.dtype = "fp32" if args.dtype == "auto" else args.dtype
+        name = args.model or models.adapter_base(args.adapter)
+        model, tokenizer = models.open_model(args, name)
         lora.load_adapter(model, "adapter", args.adapter)
         if args.command == "inspect":
             inspect(model, "adapter")

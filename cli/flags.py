@@ -17,6 +17,7 @@ import transformers
 from jinja2 import TemplateError
 
 import common
+from cli import tasks
 
 DATA = {"sft": "demonstrations.jsonl", "reward_model": "preferences.jsonl",
         "dpo": "preferences.jsonl"}  # with --model tiny; all others: prompts.jsonl
@@ -121,7 +122,7 @@ def parser(doc, prog=None):
 def model_flags(p, dtype="auto"):
     """Adds the flags that say which model to load, and how."""
     add = p.add_argument
-    add("--model", default="tiny", help="tiny, Hugging Face id, folder or file.gguf (tiny)")
+    add("--model", default="tiny", help="tiny, smollm2, hub id, folder or file.gguf (tiny)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     auto = "bf16 on cuda, else fp32" if dtype == "auto" else dtype
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=f"auto: {auto}")
@@ -158,9 +159,11 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
     model_flags(p, dtype)
     start = "none" if name == "sft" else "tiny: tiny/sft"
     add("--adapter", help=f"folder of the LoRA to start from, or none ({start})")
-    add("--data", help="hub id[:split], .jsonl, .json, .csv, .parquet or folder (tiny: tiny/)")
+    add("--data", help="hub id[:split], .jsonl, .json, .csv, .parquet, folder, or a task: "
+        "FILE.py[:ARGUMENT] (tiny: tiny/)")
     if reward:
-        add("--reward", help="folder, hub id, or file.py:function (tiny: tiny/reward_model)")
+        add("--reward", help="folder, hub id, or file.py[:function] (of a task: its score; tiny: "
+            "tiny/reward_model)")
     add("--out", help=f"folder of the run (runs/{name}, or the next free runs/{name}-2 ...)")
     add("--eval-size", type=whole, default=128, help="held-out rows to measure on (128)")
     add("--save-every", type=whole, help="steps between saved adapters (only at the end)")
@@ -176,11 +179,14 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
     if args.dtype == "auto":
         args.dtype = dtype
     settle_defaults(args, is_tiny, needs_reward=reward == "needed")
+    names = {field.name for field in fields(Config)}
+    suits = tasks.defaults(args.data) if tasks.is_task(args.data) else {}
+    suits = {name: value for name, value in suits.items() if name in names}
     for field in ("lora_rank", "lora_alpha", "lora_targets"):
         if args.adapter and field in numbers:
             raise ValueError(f"--{field.replace('_', '-')} is for a new adapter, and "
                              f"{args.adapter} has its own; --adapter none starts a new one")
-    return args, Config(**{**(tiny if is_tiny else {}), **numbers})
+    return args, Config(**{**(tiny if is_tiny else {}), **suits, **numbers})
 
 
 def settle_defaults(args, is_tiny, needs_reward):
@@ -192,6 +198,8 @@ def settle_defaults(args, is_tiny, needs_reward):
     if args.data is None and not is_tiny:
         raise ValueError(f"--model {args.model} needs --data: a hub id, a file or a folder")
     args.data = args.data or str(common.TINY / DATA.get(args.name, "prompts.jsonl"))
+    if hasattr(args, "reward") and args.reward is None and tasks.is_task(args.data):
+        args.reward = args.data.partition(":")[0]  # a task checks the answers to its own prompts
     if hasattr(args, "reward") and args.reward is None and is_tiny:
         args.reward = str(common.TINY / "reward_model")
     if needs_reward and not args.reward:

