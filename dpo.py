@@ -2,15 +2,15 @@
 sampling (Rafailov et al. 2023, arXiv:2305.18290), and its one-line relatives.
 
 The policy at which E[r(x, y)] - beta KL(pi || pi_ref) is largest is known:
-pi*(y) = pi_ref(y) exp(r(x, y) / beta) / Z. Solved for r, this names the reward at which a policy
-pi is the best one: r = beta log(pi / pi_ref) + beta log Z. In the Bradley-Terry model, the
-probability that w is preferred to l depends only on the difference of their rewards. Z cancels:
+pi*(y) = pi_ref(y) exp(r(x, y) / beta) / Z. Solved for r, this is the score for which a policy pi
+is the best one: r = beta log(pi / pi_ref) + beta log Z. In the Bradley-Terry model, the
+probability that w is preferred to l depends only on the difference of their scores. Z cancels:
 
     (RL.1)   log pi(y_t) = log softmax(logits / temperature)[y_t]
-    (DPO.1)  h = (log pi - log pi_ref)(w) - (log pi - log pi_ref)(l),   P(w > l) = sigmoid(beta h)
+    (DPO.1)  h = log(pi / pi_ref)(w) - log(pi / pi_ref)(l),   predicted P(w > l) = sigmoid(beta h)
     (DPO.2)  L = -(1 - flip) log sigmoid(beta h) - flip log sigmoid(-beta h)
     (DPO.3)  L = (h - 1 / (2 beta))^2                                   "ipo"
-    (DPO.4)  accuracy = P(h > 0),  margin = E[beta h]
+    (DPO.4)  accuracy = share of pairs with h > 0,  margin = E[beta h]
 
 The algorithm:
     1. before training, compute log pi_ref of both answers of each pair that will be used
@@ -94,9 +94,9 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta=0.1, loss="sigmoid", label_smoot
     """Negative log-likelihood of the preferences under the policy's own reward. (DPO.1) to (DPO.3)
 
     logp_w, logp_l [B]: log-probability of the chosen and of the rejected answer, summed over its
-    tokens, with gradient; ref_w, ref_l [B]: the reference's. beta: units of reward per nat; with
-    label_smoothing, flip, that share of labels is believed wrong (cDPO). Returns a scalar, the mean
-    over pairs. Raises ValueError for another loss, for label smoothing with ipo, and for shapes
+    tokens, with gradient; ref_w, ref_l [B]: the reference's. beta: units of reward per nat;
+    flip, given as label_smoothing: the share of labels believed wrong (cDPO). Returns a scalar, the
+    mean over pairs. Raises ValueError for another loss, for label smoothing with ipo, and for shapes
     that differ.
     Source: arXiv:2305.18290, Eq. 7; arXiv:2310.12036, Eq. 17 (ipo, summed log-probabilities)."""
     if not logp_w.shape == logp_l.shape == ref_w.shape == ref_l.shape:

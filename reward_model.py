@@ -1,11 +1,11 @@
 """A reward model: learns a score for any answer from pairs of which people preferred one answer
 (Bradley and Terry 1952; Stiennon et al. 2020, arXiv:2009.01325, section 3.4).
 
-    (RM.1)  P(w > l | x) = sigmoid(r(x, w) - r(x, l))            Bradley-Terry
+    (RM.1)  P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))    Bradley-Terry
     (RM.2)  L = -E[ log sigmoid(r_w - r_l - margin) ] + center E[ (r_w + r_l)^2 ]
-    (RM.3)  accuracy = P(r_w > r_l),  mean lead = E[r_w - r_l]    on held-out pairs
+    (RM.3)  accuracy = P(r_w > r_l),  mean lead = E[r_w - r_l]    of a batch or of held-out pairs
 
-w is the answer that won, l the one that lost, and r_w, r_l are their scores. For each step:
+y_w is the answer that won, y_l the one that lost; r_w, r_l are their scores. For each step:
     1. take a batch of pairs: two answers to the same prompt, of which one was preferred
     2. score both answers, and take one step of gradient descent on (RM.2)
     3. measure (RM.3) on the batch; the log calls the mean lead `margin`

@@ -1,6 +1,6 @@
-"""TRPO for a language model: from each batch of answers it takes one step, the one that promises
-most among those that change the probabilities of the next token by at most a fixed KL divergence
-(Schulman et al. 2015, arXiv:1502.05477).
+"""TRPO for a language model: from each batch of answers it takes one step. Among the steps that
+change the probabilities of the next token by a set KL divergence, it takes the one that promises
+most (Schulman et al. 2015, arXiv:1502.05477).
 
 One token is one action, and the text so far is the state. Equations named RL stand in several
 scripts, with the same number:
@@ -221,8 +221,8 @@ def step_length(uFu, max_kl):
 def explained_variance(values, ret, mask):
     """1 - Var(ret - values) / Var(ret) over real tokens, all [B, R]; a constant critic gets 0.
 
-    ret is the plain reward to go (lambda 1): it is 1 only if every return was foreseen, and even a
-    perfect critic knows only their mean. At lambda below 1 ret would contain the critic itself."""
+    ret is the plain reward to go (lambda 1): it is 1 only if every return was foreseen, up to one
+    constant, and even a perfect critic knows only the mean. Below 1, ret would contain the critic."""
     real = mask.bool()
     unexplained = (ret - values)[real].var(unbiased=False)
     return 1 - (unexplained / ret[real].var(unbiased=False).clamp(min=1e-8)).item()

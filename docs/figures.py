@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -102,30 +103,60 @@ def one_prompt(page, what):
     row = found["rows"][0]
     if what in found:
         return str(found[what])
-    if what in ("prompt", "score"):
+    if what == "score":
         return str(row[what])
-    if what == "text":
-        return " ".join("".join(row["y_tokens"]).split()).replace("<eos>", "").strip()
+    if what in ("prompt", "text"):  # in a quote, of lines that fit on a screen
+        text = row["prompt"] if what == "prompt" else "".join(row["y_tokens"]).replace("<eos>", "")
+        return "\n> ".join(textwrap.wrap(" ".join(text.split()), 95))
     if what == "tokens":
         tokens = map(visible, row["x_tokens"])
         return grid([["column", "token", "`x`", "`x_mask`"],
                      *zip(itertools.count(), tokens, row["x"], row["x_mask"])])
     n = sum(row["y_mask"])
+    # The ratio as the clip limits it, and whether the token keeps a gradient: it does unless the
+    # limited ratio makes the larger loss (PPO.2).
+    row["clip"] = [min(max(x, 1 - found["eps"]), 1 + found["eps"]) for x in row["ratio"]]
+    row["gradient"] = ["no" if -a * c > -a * x else "yes"
+                       for a, c, x in zip(row["adv"], row["clip"], row["ratio"])]
+    if what == "length":
+        return str(n)
+    if what == "clipped":
+        return str(row["gradient"].count("no"))
+    if what.startswith("sum: "):
+        return f"`{sum_of(found, row, what.removeprefix('sum: '))}`"
     shown = [*range(8), *range(n - 4, n)]  # the first tokens and the last ones
     columns = {
         "models": [("logp_old", "`logp_old`"), ("logp_ref", "`logp_ref`"), ("k", "$`k_t`$"),
                    ("values_old", "`values_old`")],
         "credit": [("rewards", "$`R_t`$"), ("delta", "$`\\delta_t`$"), ("raw", "$`A_t`$"),
                    ("ret", "$`\\hat V_t`$"), ("adv", "whitened $`A_t`$")],
-        "loss": [("adv", "`adv`"), ("ratio", "$`\\rho_t`$"), ("loss", "loss of the token")]}[what]
+        "loss": [("adv", "whitened $`A_t`$"), ("ratio", "$`\\rho_t`$"),
+                 ("clip", "$`\\rho_t`$, clipped"), ("loss", "loss of the token"),
+                 ("gradient", "has a gradient")]}[what]
     rows = [["t", "token", *(["id"] if what == "models" else []), *(head for _, head in columns)]]
     for at, j in enumerate(shown):
         if at and shown[at - 1] != j - 1:
             rows.append(["..."] + [""] * (len(rows[0]) - 1))
         ids = [row["y"][j]] if what == "models" else []
+        cells = [row[key][j] for key, _ in columns]
         rows.append([j + 1, visible(row["y_tokens"][j]), *ids,
-                     *(number(row[key][j], 3) for key, _ in columns)])
+                     *(x if isinstance(x, str) else number(x, 3) for x in cells)])
     return grid(rows)
+
+
+def sum_of(found, row, what):
+    """(RL.3) of an answer's first or last token, or (RL.4) of its first one, in numbers."""
+    def signed(x):
+        return f"{x:.3f}" if x >= 0 else f"({x:.3f})"
+
+    rewards, values, delta, raw = (row[key] for key in ("rewards", "values_old", "delta", "raw"))
+    if what == "first delta":
+        after = signed(found["gamma"] * values[1])
+        return f"{rewards[0]:.3f} + {after} - {signed(values[0])} = {delta[0]:.3f}"
+    if what == "last delta":
+        return f"{rewards[-1]:.3f} + 0 - {signed(values[-1])} = {delta[-1]:.3f}"
+    factor = f"{found['gamma'] * found['lam']:g}"
+    return f"{delta[0]:.3f} + {factor} * {signed(raw[1])} = {raw[0]:.3f}"
 
 
 def visible(token):

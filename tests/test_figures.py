@@ -68,7 +68,8 @@ def test_the_letters_of_the_formulas_have_a_row(page):
         if "\\tag" in block:
             formula = side_by_side.mathml(block.partition("\\tag")[0], True)
             letters = set(re.findall(side_by_side.LETTER, formula))
-            assert letters <= known.keys() | {f"<mi>{index}</mi>" for index in "tij"}, block
+            others = {f"<mi>{sign}</mi>" for sign in (*"tij", "&#x000B1;", "&#x0223C;")}  # ± and ~
+            assert letters <= known.keys() | others, block
 
 
 # ------------------------------------------------------------------------------ reinforce.py
