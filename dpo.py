@@ -96,8 +96,8 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta=0.1, loss="sigmoid", label_smoot
     logp_w, logp_l [B]: log-probability of the chosen and of the rejected answer, summed over its
     tokens, with gradient; ref_w, ref_l [B]: the reference's. beta: units of reward per nat;
     flip, given as label_smoothing: the share of labels believed wrong (cDPO). Returns a scalar, the
-    mean over pairs. Raises ValueError for another loss, for label smoothing with ipo, and for shapes
-    that differ.
+    mean over pairs. Raises ValueError for another loss, for label smoothing with ipo, and for
+    shapes that differ.
     Source: arXiv:2305.18290, Eq. 7; arXiv:2310.12036, Eq. 17 (ipo, summed log-probabilities)."""
     if not logp_w.shape == logp_l.shape == ref_w.shape == ref_l.shape:
         raise ValueError("logp_w, logp_l, ref_w and ref_l differ in shape")

@@ -171,8 +171,8 @@ def adapt_beta(beta, kl, target):
 def explained_variance(values, ret, mask):
     """1 - Var(ret - values) / Var(ret) over real tokens, all [B, R]; a constant critic gets 0.
 
-    ret is the plain reward to go (lambda 1): it is 1 only if every return was foreseen, up to one
-    constant, and even a perfect critic knows only the mean. Below 1, ret would contain the critic."""
+    ret is the plain reward to go (lambda 1): it is 1 only if every return was foreseen, but for one
+    constant; a perfect critic knows only their mean. At a smaller lambda the critic is in ret."""
     real = mask.bool()
     unexplained = (ret - values)[real].var(unbiased=False)
     return 1 - (unexplained / ret[real].var(unbiased=False).clamp(min=1e-8)).item()
