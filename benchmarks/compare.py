@@ -10,9 +10,9 @@ penalty that goes on for too long.
 Every policy is judged from outside by tiny/judge.py, on held-out prompts: by the reward model it
 was trained on (score) and by the hidden preference it never saw (gold).
 
-Runs go to runs/compare, the table to benchmarks/compare.md, the numbers to benchmarks/compare.json;
-`python docs/draw.py --record curves` draws them. --jobs runs train at a time, each on one thread;
-seconds are those of a run beside its neighbours.
+Runs go to runs/compare and the numbers to benchmarks/compare.json. From them `python docs/figures.py`
+writes the tables of the pages, and `python docs/draw.py --record curves` draws the pictures. --jobs
+runs train at a time, each on one thread.
 """
 
 import argparse
@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 SCRIPTS = ("dpo", "ppo", "trpo", "grpo")
 ANOTHER_BETA = {"trpo": 0.0, "ppo": 0.0, "grpo": 0.0, "dpo": 0.1}  # those that take longest first
-COLUMNS = ("score", "gold", "KL", "on topic", "stops", "tokens", "seconds", "memory, GB")
+COLUMNS = ("score", "gold", "KL", "on topic", "stops", "tokens")
 BEST_OF = (1, 4, 16, 64)
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -65,23 +65,19 @@ def is_there(record, of):
 
 
 def train(name, argv, folder, prompts):
-    """Runs a script, unless its result is there; keeps seconds and peak memory beside it."""
+    """Runs a script, unless its result is there, and has its policies judged."""
     out, record, of = folder / name, folder / f"{name}.json", origin(*argv)
     if is_there(record, of):
         return
     shutil.rmtree(out, ignore_errors=True)
     with open(folder / f"{name}.log", "w") as log:
-        run = subprocess.Popen([sys.executable, *argv, "--out", str(out)], cwd=ROOT, env=ONE_THREAD,
-                               stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(run.pid, 0)
-    if status:
+        done = subprocess.run([sys.executable, *argv, "--out", str(out)], cwd=ROOT, env=ONE_THREAD,
+                              stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
         raise SystemExit(f"error: {name} failed; see {folder / name}.log")
-    seconds = sum(json.loads(line)["seconds"] for line in open(out / "metrics.jsonl"))
     adapters = sorted(out.glob("step-*"), key=lambda p: int(p.name[5:])) or [out]
     found = {Path(k).name: v for k, v in judged("--prompts", prompts, *adapters).items()}
     last = list(found.values())[-1]
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # there bytes, else KiB
-    last |= {"seconds": seconds, "memory, GB": peak / 1e9}
     record.write_text(json.dumps({"of": of, **last, "steps": found}, indent=1))
 
 
@@ -117,7 +113,7 @@ def table(results, best):
         kl = math.log(n) - (n - 1) / n
         rows.append((name, *(f"{stats[c]:.2f}" for c in COLUMNS[:2]), f"{kl:.2f}",
                      f"{stats['on topic']:.2f}",
-                     *(f"{stats[c]:.2f}" if n == 1 else "" for c in COLUMNS[4:6]), "", ""))
+                     *(f"{stats[c]:.2f}" if n == 1 else "" for c in COLUMNS[4:6])))
     for script in SCRIPTS:
         seeds = [r for name, r in results.items() if name.startswith(f"{script}-seed")]
         if seeds:
@@ -147,7 +143,7 @@ def main(argv=None):
                 if is_there(folder / f"{name}.json", origin(*argv))}
         if not runs:
             raise SystemExit(f"error: no run of this tiny/ in {folder}; "
-                             "benchmarks/compare.md has a table")
+                             "docs/choosing.md has a table")
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(best_of, folder, 8 if args.quick else prompts)]
         jobs += [pool.submit(train, n, argv, folder, prompts) for n, argv in runs.items()]
@@ -156,7 +152,6 @@ def main(argv=None):
     text = table(results, best)
     print(text)
     target = folder if args.quick else ROOT / "benchmarks"
-    (target / "compare.md").write_text(text)
     (target / "compare.json").write_text(
         json.dumps({"best of": best, "runs": results}, indent=1) + "\n")
     if not args.quick:

@@ -801,7 +801,7 @@ def kl_axis(axes, title):
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=-0.1)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="KL to the SFT model, nats an answer", title=title)
+    axes.set(xlabel="KL to the SFT model, nats per answer", title=title)
     axes.grid()
 
 
