@@ -21,7 +21,7 @@ from statistics import mean, stdev
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-MARKER = re.compile(r"(<!-- (\w+)(?:: ([^>]*?))? -->)(.*?)(<!-- end -->)", re.S)
+MARKER = re.compile(r"(<!-- (?!end\b)(\w+)(?:: ([^>]*?))? -->)(.*?)(<!-- end -->)", re.S)
 
 
 def record(name):
@@ -48,6 +48,7 @@ def number(x, digits=2):
 def minutes(page, name=None):
     """How long a page takes: 150 words a minute, half a minute for each formula in a block."""
     text = (DOCS / f"{name or page}.md").read_text()
+    text = MARKER.sub("", text)  # or else the number would depend on what it stands beside
     text = re.sub(r"<details>.*?</details>", "", text, flags=re.S)  # symbols, answers to exercises
     blocks = len(re.findall(r"^```math", text, flags=re.M))
     prose = re.sub(r"```.*?```|\$`.*?`\$|<!--.*?-->|^## References.*", " ", text, flags=re.S | re.M)
@@ -222,15 +223,9 @@ def first(page, what):
 
 
 def answers(page, who):
-    """What a model answered to a prompt: "ppo: Tell me about ants."."""
+    """What a model answered to a prompt, as a quote: "ppo: Tell me about ants."."""
     model, _, prompt = who.partition(": ")
-    return record("first_run")["answers"][prompt][model]
-
-
-def probe(page):
-    """How often the reward model prefers a clean answer to its damaged copy, by kind of damage."""
-    found = record("probe")
-    return grid([list(found), [f"{100 * share:.1f} %" for share in found.values()]])
+    return "\n> ".join(textwrap.wrap(record("first_run")["answers"][prompt][model], 110))
 
 
 def smollm2(page):
@@ -250,7 +245,7 @@ def peaks(page):
 
 
 FIGURES = (minutes, lines, mistakes, file, reinforce, closed_form, kl_in_the_loss, one_prompt,
-           results, compare, first, answers, probe, smollm2, peaks)
+           results, compare, first, answers, smollm2, peaks)
 
 # ------------------------------------------------------------------------------ command
 

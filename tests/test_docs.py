@@ -191,7 +191,8 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 
 @pytest.mark.parametrize("page", MARKDOWN)
 def test_no_line_is_wider_than_a_screen(page):
-    for line in text_of(page).splitlines():  # a table and a formula may be wider
+    text = re.sub(r"<!--.*?-->", "", text_of(page))
+    for line in text.splitlines():  # a table and a formula may be wider
         assert len(line) <= 140 or "|" in line or "\\" in line, line
 
 
