@@ -18,8 +18,8 @@ from benchmarks import compare
 from cli import flags
 
 DOCS = ROOT / "docs"
-PICTURES = ("pipeline", "four_models", "clip", "credit", "trust_region", "group",
-            "implicit_reward")
+PICTURES = ("pipeline", "ppo_step", "tokens", "four_models", "clip", "credit", "trust_region",
+            "group", "implicit_reward")
 COMPARISON = ("learning_curves", "frontier", "overoptimisation")  # once compare.json is there
 RECORDS = {path.stem: json.loads(path.read_text()) for path in (DOCS / "records").glob("*.json")}
 
@@ -33,7 +33,7 @@ def draw():
     return module
 
 
-SMALL = {"credit": {"steps": 1, "draws": 16}, "group": {},
+SMALL = {"credit": {"steps": 1, "draws": 16}, "group": {}, "one_prompt": {"steps": 1},
          "trust_region": {"around": 4, "side": 3, "answers": 2},
          "implicit_reward": {"steps": 2, "every": 1, "size": 6, "batch_size": 4}}
 
@@ -107,6 +107,25 @@ def test_the_clip_takes_the_gradient_where_it_has_gained_enough_and_only_there()
 @pytest.mark.parametrize("name", ["clip", "models"])
 def test_what_no_random_number_enters_is_recorded_as_it_is_now(draw, name):
     assert draw.RECORDS[name]() == RECORDS[name]
+
+
+def test_one_prompt_obeys_the_equations_that_its_page_names(record):
+    record = record("one_prompt")
+    row, gamma, lam, beta = record["rows"][0], record["gamma"], record["lam"], record["beta"]
+    n = sum(row["y_mask"])
+    assert row["y_mask"] == [1] * n + [0] * (len(row["y"]) - n)
+    values, adv = [*row["values_old"], 0.0], [*row["raw"], 0.0]
+    for t in range(n):
+        last = row["score"] if t == n - 1 else 0.0
+        assert row["k"][t] == pytest.approx(row["logp_old"][t] - row["logp_ref"][t], abs=2e-3)
+        assert row["rewards"][t] == pytest.approx(last - beta * row["k"][t], abs=2e-3)
+        delta = row["rewards"][t] + gamma * values[t + 1] - values[t]
+        assert row["delta"][t] == pytest.approx(delta, abs=5e-3)
+        assert adv[t] == pytest.approx(delta + gamma * lam * adv[t + 1], abs=1e-2)
+        assert row["ret"][t] == pytest.approx(adv[t] + values[t], abs=5e-3)
+        clipped = min(max(row["ratio"][t], 1 - record["eps"]), 1 + record["eps"])
+        loss = max(-row["adv"][t] * row["ratio"][t], -row["adv"][t] * clipped)
+        assert row["loss"][t] == pytest.approx(loss, abs=5e-3)
 
 
 def test_credit_is_the_critics_error_with_lambda_0_and_the_score_less_the_value_with_lambda_1(
