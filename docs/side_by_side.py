@@ -329,7 +329,7 @@ pre { overflow: auto; font-size: 13px; line-height: 1.5; background: var(--soft)
 .eq { display: flex; align-items: center; gap: 16px; margin: 14px 0; overflow-x: auto; padding: 4px 0; }
 .eq math { margin: 0 auto; } .tag { white-space: nowrap; font: bold 14px sans-serif;
   text-decoration: none; } #code .tag, .inset .tag { font: bold 12px ui-monospace, monospace; }
-.hit { background: var(--hit); } .sym { cursor: help; border-bottom: 1px dotted; } mi.sym { border: 0; }
+.hit { background: var(--hit); } .sym { cursor: help; border-bottom: 1px dotted; } mi.sym, mover.sym { border: 0; }
 .help, .fn, .back { cursor: pointer; text-decoration: underline dotted; color: inherit; }
 .inset { display: block; border: 1px solid var(--line); border-left: 3px solid var(--accent);
   margin: 4px 0 4px 30px; background: var(--paper); padding: 4px 0; }
@@ -454,6 +454,8 @@ def build(out):
     others = sorted(p.stem for p in DOCS.glob("*.md") if p.stem not in ("README", *PATH))
     names = [*PATH, *others]
     out.mkdir(exist_ok=True)
+    for old in out.glob("*.html"):  # of a page that is no more
+        old.unlink()
     for name in names:
         (out / f"{name}.html").write_text(build_page(name, names))
     return names
