@@ -65,7 +65,7 @@ class Config:
     batch_size: int = 8  # answers per step
     group_size: int = 4  # G, answers per prompt
     micro_batch_size: int | None = None  # answers per pass when scored and learnt from; none: all
-    lr: float = 3e-5  # peak learning rate (AdamW)
+    lr: float = 5e-4  # peak learning rate (AdamW)
     warmup: float = 0.1  # share of the steps in which the learning rate rises
     seed: int = 0  # of everything random
     lora_rank: int = 16  # r of a new adapter
