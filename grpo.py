@@ -15,7 +15,8 @@ shared by all of its tokens; rho_t, K_t and L_t belong to one token.
     (GRPO.6) L = sum L_t / sum |y_i|                        "dapo", "cispo"
     (GRPO.7) L = sum L_t / (B max_tokens)                   "dr_grpo", which goes with "none"
     (GRPO.8) r_i <- r_i - beta sum_t (log pi_old - log pi_ref)_t    with --kl-in reward, K = 0
-    (GRPO.9) L_t = -clip(rho, 1-eps_low, 1+eps_high) A log pi(y_t)  "cispo"; the clip as a number
+    (GRPO.9) L_t = -clip(rho, 1-eps_low, 1+eps_high) A log pi(y_t) + beta K_t
+                                            "cispo"; no gradient through the clip
 
 The algorithm, for each step:
     1. sample G answers y ~ pi_old to each prompt of a batch, and score them
@@ -29,8 +30,7 @@ While pi is pi_old, the paper's k3 has the gradient of the other KL, KL(pi_ref |
 token. "k2" is d_t^2 / 2 and "k3-corrected", the default, is k3 times the token's ratio: both have
 the gradient of KL(pi || pi_ref) at that token. After a first update has moved the policy, only
 "k3-corrected" keeps its gradient. None of the three sees how a token changes the KL of the tokens
-after it.
-benchmarks/closed_form.py shows where each ends.
+after it. benchmarks/closed_form.py shows where each ends.
 
 Dividing by the spread changes what is maximised. Prompts whose answers score nearly alike weigh
 more. For scores 0 and 1 with success rate mu, a large group maximises 2 arcsin sqrt mu instead of
