@@ -11,6 +11,8 @@ probability that w is preferred to l depends only on the difference of their sco
     (DPO.2)  L = -(1 - flip) log sigmoid(beta h) - flip log sigmoid(-beta h)
     (DPO.3)  L = (h - 1 / (2 beta))^2                                   "ipo"
     (DPO.4)  accuracy = share of pairs with h > 0,  margin = E[beta h]
+    (DPO.5)  log pi(y) / |y| in place of log pi(y), everywhere          with --length-normalised
+    (DPO.6)  L - sft_weight E[ log pi(w) / |w| ]                        with --sft-weight
 
 The algorithm:
     1. before training, compute log pi_ref of both answers of each pair that will be used
@@ -25,9 +27,8 @@ multiplied by the temperature to do the same here.
 
 Often both log-probabilities fall while the margin grows. (DPO.2) sees only their difference, so it
 also gets smaller if the rejected answer falls faster than the chosen one. Other answers gain what
-both lose; `kl` and the samples show which. A higher --beta or a lower --lr limits this.
-
-Left out on purpose: length normalisation, and a loss on the chosen answers beside the margin.
+both lose; `kl` and the samples show which. A higher --beta or a lower --lr limits this, and (DPO.6)
+pulls the chosen answers up.
 
     python dpo.py --steps 200
     python dpo.py --loss ipo --beta 0.2
@@ -64,6 +65,8 @@ class Config:
     beta: float = 0.4  # KL weight, units of reward per nat
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # (DPO.2) or (DPO.3)
     label_smoothing: float = 0.0  # flip, the share of labels believed wrong (sigmoid only)
+    length_normalised: bool = False  # log-probabilities per token in place of sums
+    sft_weight: float = 0.0  # of the chosen answers' negative log-likelihood per token
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -138,14 +141,17 @@ def encode_pairs(tokenizer, rows, max_length):
 
 def pair_logps(model, b, config):
     """log pi of both answers to each prompt, [N, 2], summed over their tokens, by the adapter that
-    is active.
+    is active; with --length-normalised their mean per token.
 
     `common.read` gives the logits after the prompt and after each token of the answer. The logits
     at a position predict the token that comes next: position t-1 predicts token t. So the first of
     these R + 1 predicts y_1, and the last predicts nothing that we have, and is dropped."""
     logits = common.read(model, b["x"], b["x_mask"], b["y"], b["mask"])[:, :-1]  # [2 N, R, V]
     logp = token_logps(logits, b["y"], config.temperature)  # (RL.1)
-    return (logp * b["mask"]).sum(1).view(-1, 2)
+    logp = (logp * b["mask"]).sum(1)
+    if config.length_normalised:
+        logp = logp / b["mask"].sum(1)  # (DPO.5)
+    return logp.view(-1, 2)
 
 
 @torch.no_grad()
@@ -181,6 +187,9 @@ def update(model, optimizer, batch, config, policy="policy"):
             loss = dpo_loss(
                 *logp.unbind(1), *ref.unbind(1), config.beta,
                 config.loss, config.label_smoothing)  # (DPO.1) to (DPO.3)
+            # Beside the margin, what SFT would minimise on the chosen answers. It holds them up.
+            length = 1 if config.length_normalised else b["mask"][::2].sum(1)
+            loss = loss - config.sft_weight * (logp[:, 0] / length).mean()  # (DPO.6)
             # A mean over pairs: weighted by their share, micro-batches add up to the batch.
             (loss * len(logp) / N).backward()
         logps[answers[::2] // 2] = logp.detach()  # the answers 2 i and 2 i + 1 are pair i

@@ -12,9 +12,11 @@ shared by all of its tokens; rho_t, K_t and L_t belong to one token.
     (GRPO.3) L_t = max(-A rho, -A clip(rho, 1-eps_low, 1+eps_high)) + beta K_t
     (GRPO.4) K_t = exp(d_t) - 1 - d_t,  d_t = (log pi_ref - log pi)_t                   k3
     (GRPO.5) L = 1/B sum_i 1/|y_i| sum_t L_t                "grpo", "gspo"
-    (GRPO.6) L = sum L_t / sum |y_i|                        "dapo"
+    (GRPO.6) L = sum L_t / sum |y_i|                        "dapo", "cispo"
     (GRPO.7) L = sum L_t / (B max_tokens)                   "dr_grpo", which goes with "none"
     (GRPO.8) r_i <- r_i - beta sum_t (log pi_old - log pi_ref)_t    with --kl-in reward, K = 0
+    (GRPO.9) L_t = -clip(rho, 1-eps_low, 1+eps_high) A log pi(y_t) + beta K_t
+                                            "cispo"; no gradient through the clip
 
 The algorithm, for each step:
     1. sample G answers y ~ pi_old to each prompt of a batch, and score them
@@ -24,21 +26,23 @@ The algorithm, for each step:
 
 Where the KL stands decides what is learnt. In the reward, (GRPO.8), its gradient is that of
 KL(pi || pi_ref) over whole answers. In the loss, as in the paper, it looks at one token at a time.
-While pi is pi_old, k3 has the gradient of the other KL, KL(pi_ref || pi), at that token. "k2" is
-d_t^2 / 2 and "k3-corrected" is k3 times the token's ratio: both have the gradient of
-KL(pi || pi_ref) at that token. After a first update has moved the policy, only "k3-corrected" keeps
-its gradient. None of the three sees how a token changes the KL of the tokens after it.
-benchmarks/closed_form.py shows where each ends.
+While pi is pi_old, the paper's k3 has the gradient of the other KL, KL(pi_ref || pi), at that
+token. "k2" is d_t^2 / 2 and "k3-corrected", the default, is k3 times the token's ratio: both have
+the gradient of KL(pi || pi_ref) at that token. After a first update has moved the policy, only
+"k3-corrected" keeps its gradient. None of the three sees how a token changes the KL of the tokens
+after it. benchmarks/closed_form.py shows where each ends.
 
 Dividing by the spread changes what is maximised. Prompts whose answers score nearly alike weigh
 more. For scores 0 and 1 with success rate mu, a large group maximises 2 arcsin sqrt mu instead of
 mu; in a group of 4 the two hardly differ. And a KL in the loss acts as if beta were multiplied by
 the spread, so its hold loosens as the answers become alike.
 
-Left out on purpose: new samples for groups without spread (which are counted), and a penalty for
+A group whose answers all score the same teaches nothing. Such groups are counted, and with
+--resample they are replaced by groups for other prompts. Left out on purpose: a penalty for
 overlong answers.
 
     python grpo.py --steps 200
+    python grpo.py --model smollm2 --data tasks/sums.py
     python grpo.py --loss dr_grpo --adv none --kl-in reward
 """
 
@@ -48,6 +52,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
@@ -60,7 +65,7 @@ class Config:
     batch_size: int = 8  # answers per step
     group_size: int = 4  # G, answers per prompt
     micro_batch_size: int | None = None  # answers per pass when scored and learnt from; none: all
-    lr: float = 3e-5  # peak learning rate (AdamW)
+    lr: float = 5e-4  # peak learning rate (AdamW)
     warmup: float = 0.1  # share of the steps in which the learning rate rises
     seed: int = 0  # of everything random
     lora_rank: int = 16  # r of a new adapter
@@ -70,13 +75,14 @@ class Config:
     max_new_tokens: int = 96  # tokens of an answer
     temperature: float = 0.7  # of sampling, and so of all log-probabilities
     missing_eos_score: float | None = -3.0  # of an answer that was cut off; none: the reward's
-    adv: Literal["std", "none", "loo"] = "std"  # advantages
-    loss: Literal["grpo", "dapo", "dr_grpo", "gspo"] = "grpo"  # how tokens are averaged
+    adv: Literal["std", "none", "loo", "raw"] = "std"  # advantages; raw: the score, no baseline
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"  # how tokens are averaged
+    resample: int | None = None  # times that groups without spread are replaced; none: never
     clip_low: float = 0.2  # eps_low of the ratio (gspo: try 3e-4)
     clip_high: float = 0.2  # eps_high of the ratio (dapo: 0.28, gspo: 4e-4)
     beta: float = 0.04  # KL weight: in the loss per nat, in the reward units of score per nat
     kl_in: Literal["loss", "reward"] = "loss"  # where the KL stands
-    kl: Literal["k3", "k3-corrected", "k2"] = "k3"  # its form in the loss
+    kl: Literal["k3", "k3-corrected", "k2"] = "k3-corrected"  # its form in the loss
     ppo_epochs: int = 1  # passes over a batch
     minibatches: int = 1  # updates per pass
 
@@ -117,12 +123,15 @@ def group_advantages(rewards, scale="std"):
     rewards [N, G], one row a prompt, in units of score. scale: "std" divides by the unbiased
     standard deviation + 1e-4; "none" subtracts the mean only (Dr. GRPO); "loo" subtracts the mean
     of the other answers (RLOO), which is "none" times G / (G - 1) and does without its bias: an
-    answer stands in its own mean. Returns [N, G]; a group without spread has advantage 0.
+    answer stands in its own mean; "raw" subtracts nothing, to show what a baseline is for. Returns
+    [N, G]; without "raw", a group without spread has advantage 0.
     Raises ValueError for a group of one answer, or for another scale.
     Source: arXiv:2402.03300, section 4.1.2; arXiv:2503.20783; arXiv:2402.14740."""
     G = rewards.shape[1]
     if G < 2:
         raise ValueError("a group needs at least two answers: one alone is its own mean")
+    if scale == "raw":
+        return rewards
     rewards = rewards - rewards[:, :1]  # equal scores then cancel exactly, however large they are
     centred = rewards - rewards.mean(1, keepdim=True)
     if scale == "std":
@@ -131,7 +140,7 @@ def group_advantages(rewards, scale="std"):
         return centred * G / (G - 1)
     if scale == "none":
         return centred
-    raise ValueError(f"scale must be std, none or loo, got {scale!r}")
+    raise ValueError(f"scale must be std, none, loo or raw, got {scale!r}")
 
 
 def importance_ratio(logp, logp_old, mask, loss="grpo"):
@@ -160,27 +169,29 @@ def kl_penalty(logp, logp_old, logp_ref, mask, kind="k3"):
 
 def grpo_loss(logp, logp_old, logp_ref, adv, mask, eps_low=0.2, eps_high=0.2, beta=0.0,
               loss="grpo", max_tokens=None, kl="k3"):
-    """The clipped surrogate with the KL in the loss, to be minimised. (GRPO.2) to (GRPO.7)
+    """The clipped surrogate with the KL in the loss, minimised. (GRPO.2) to (GRPO.7), (GRPO.9)
 
     logp (with gradient), logp_old, logp_ref, mask [B, R]; adv [B]; beta in units of advantage per
-    nat. loss: grpo, dapo, dr_grpo (needs max_tokens, the length that every answer is divided by) or
-    gspo; kl: see kl_penalty. Returns a scalar. Raises ValueError for another loss, and for dr_grpo
-    without max_tokens.
+    nat. loss: grpo, dapo, cispo, gspo or dr_grpo (needs max_tokens, the length that every answer is
+    divided by); kl: see kl_penalty. Returns a scalar. Raises ValueError for another loss, and for
+    dr_grpo without max_tokens.
     Source: arXiv:2402.03300, Eq. 3; arXiv:2503.14476 (dapo), 2503.20783 (dr_grpo), 2507.18071
-    (gspo)."""
+    (gspo), 2506.13585 (cispo)."""
     B, length, adv = len(mask), mask.sum(1, keepdim=True), adv.unsqueeze(1)
     ratio = importance_ratio(logp, logp_old, mask, loss)  # (GRPO.2)
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
     per_token = torch.max(-adv * ratio, -adv * clipped)  # (GRPO.3)
+    if loss == "cispo":  # the clip limits a weight, and every token keeps its gradient
+        per_token = -adv * clipped.detach() * logp  # (GRPO.9)
     if beta:
         per_token = per_token + beta * kl_penalty(logp, logp_old, logp_ref, mask, kl)
     if loss in ("grpo", "gspo"):
         return (per_token * mask / length).sum() / B  # (GRPO.5)
-    if loss == "dapo":
+    if loss in ("dapo", "cispo"):
         return masked_mean(per_token, mask)  # (GRPO.6)
     if loss == "dr_grpo" and max_tokens:
         return (per_token * mask).sum() / (B * max_tokens)  # (GRPO.7)
-    raise ValueError(f"loss must be grpo, dapo, gspo or (with max_tokens) dr_grpo, got {loss!r}")
+    raise ValueError(f"loss must be grpo, dapo, cispo, gspo or (with max_tokens) dr_grpo: {loss!r}")
 
 
 def rollout_stats(batch):
@@ -284,6 +295,51 @@ def rollout(model, tokenizer, rows, reward, config, generator, G=1,
     return batch, responses
 
 
+def replace(batch, fresh, places, answers):
+    """The batch, with the groups of `fresh` at the numbers `places` of its prompts and `answers` of
+    its answers. Both are padded to the wider of the two."""
+    result = {}
+    for key, old in batch.items():
+        new, of_prompts = fresh[key], key in ("x", "x_mask")
+        if old.dim() > 1:  # prompts are padded on the left, answers on the right
+            width = max(old.shape[1], new.shape[1])
+            old, new = (F.pad(part, (width - part.shape[1], 0) if of_prompts
+                              else (0, width - part.shape[1])) for part in (old, new))
+        rows = torch.tensor(places if of_prompts else answers, device=old.device)
+        result[key] = old.index_copy(0, rows, new)
+    return result
+
+
+@torch.no_grad()
+def resample(model, tokenizer, rows, drawn, reward, config, generator):
+    """A rollout for the data rows `drawn`, in which groups without spread, which teach nothing, are
+    replaced by groups for other rows, at most --resample times (dynamic sampling, DAPO).
+
+    Returns the batch, the texts, the data rows as they are now, and the share of groups that had no
+    spread at first. Source: arXiv:2503.14476, section 3.2."""
+    G, drawn = config.group_size, list(drawn)
+    batch, responses = rollout(model, tokenizer, drawn, reward, config, generator, G)
+    score = batch["score"].view(-1, G)
+    dead = (score == score[:, :1]).all(1)  # [N]
+    share = dead.float().mean().item()
+    for _ in range(config.resample or 0):
+        places = dead.nonzero().flatten().tolist()  # the groups to replace
+        others = torch.randint(len(rows), (len(places),), generator=generator).tolist()
+        if not places:
+            break
+        fresh, texts = rollout(
+            model, tokenizer, [rows[i] for i in others], reward, config, generator, G)
+        answers = [place * G + i for place in places for i in range(G)]
+        batch = replace(batch, fresh, places, answers)
+        for place, i in zip(places, others):
+            drawn[place] = rows[i]
+        for place, text in zip(answers, texts):
+            responses[place] = text
+        score = batch["score"].view(-1, G)
+        dead = (score == score[:, :1]).all(1)
+    return batch, responses, drawn, share
+
+
 # ------------------------------------------------------------------------------ update
 
 
@@ -328,7 +384,7 @@ def update(model, optimizer, batch, config, generator, policy="policy"):
         groups = minibatches[part % config.minibatches]
         for _, b in common.micro_batches(batch, config.micro_batch_size, groups):
             weight = len(b["y"]) / answers
-            if config.loss == "dapo":
+            if config.loss in ("dapo", "cispo"):
                 weight = (b["mask"].sum() / tokens).item()
             loss, moved = gradient(model, b, weight, config, policy)  # (GRPO.2) to (GRPO.7)
             stats["loss"] += weight * loss / parts
@@ -387,7 +443,8 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
         # 1. Act: answer each prompt of a batch G times, and score the answers.
         index = common.batch_rows(step, len(rows), config.batch_size // G, config.seed)
         drawn = [rows[i] for i in index]
-        batch, responses = rollout(model, tokenizer, drawn, reward, config, generator, G)
+        batch, responses, drawn, dead = resample(
+            model, tokenizer, rows, drawn, reward, config, generator)
 
         # 2. Credit: each answer against its group.
         rewards = batch["score"]
@@ -406,6 +463,7 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
         row = {"step": step, "lr": lr, **rollout_stats(batch), **stats}
         row.update(drift(model, batch, config))
         row["zero_std_groups"] = int((adv == 0).all(1).sum())  # groups that teach nothing
+        row["dead_groups"] = dead  # the share of them before any was replaced
         row["seconds"] = time.time() - clock
         history.append(row)
         bar.set_postfix({key: f"{row[key]:.2f}" for key in ("score", "kl", "eos_rate", "length")})

@@ -53,7 +53,7 @@ class Config:
     steps: int = 200  # batches to learn from
     batch_size: int = 8  # answers per step
     micro_batch_size: int | None = None  # answers per pass when scored and learnt from; none: all
-    lr: float = 3e-5  # peak learning rate of policy and critic (AdamW)
+    lr: float = 5e-4  # peak learning rate of policy and critic (AdamW)
     warmup: float = 0.1  # share of the steps in which the policy's learning rate rises
     seed: int = 0  # of everything random
     lora_rank: int = 16  # r of a new adapter

@@ -141,6 +141,8 @@ def config_flags(p, Config, tiny):
         options = {"default": argparse.SUPPRESS, "help": f"{comments[field.name]} ({default})"}
         if get_origin(field.type) is Literal:
             options["choices"] = kinds
+        elif kinds == [bool]:
+            options["action"] = "store_true"
         else:
             kind = SPECIAL.get(field.name, KINDS[kinds[0]])
             options["type"] = or_none(kind) if NoneType in get_args(field.type) else kind
@@ -161,8 +163,10 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
     add("--adapter", help=f"folder of the LoRA to start from, or none ({start})")
     add("--data", help="hub id[:split], .jsonl, .json, .csv, .parquet, folder, or a task: "
         "FILE.py[:ARGUMENT] (tiny: tiny/)")
+    if reward == "needed":
+        add("--reference", help="folder of the LoRA that the KL is to (the policy at the start)")
     if reward:
-        add("--reward", help="folder, hub id, or file.py[:function] (of a task: its score; tiny: "
+        add("--reward", help="folder, hub id, file.py[:function], a task, or none: always 0 (tiny: "
             "tiny/reward_model)")
     add("--out", help=f"folder of the run (runs/{name}, or the next free runs/{name}-2 ...)")
     add("--eval-size", type=whole, default=128, help="held-out rows to measure on (128)")

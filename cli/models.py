@@ -43,6 +43,11 @@ def load(args, config, name, rows):
         if name == "policy" and lora.has_head(model, name):
             raise ValueError(f"--adapter {args.adapter} is a reward model; give what sft.py or a "
                              "script after it wrote")
+    if getattr(args, "reference", None):
+        load_adapter(model, "reference", args.reference)
+        if lora.has_head(model, "reference"):
+            raise ValueError(f"--reference {args.reference} is a reward model; give what sft.py or "
+                             "a script after it wrote")
     room = config.max_length - getattr(config, "max_new_tokens", 0)
     long = sum(len(common.encode_prompt(tokenizer, row["prompt"])) > room for row in rows)
     if long:

@@ -22,6 +22,8 @@ def load(args, model, max_length):
     with a scalar head (AutoModelForSequenceClassification) and its own tokenizer, and becomes a
     function of texts, as file.py:function does (file.py alone: its function score)."""
     spec = args.reward
+    if spec == "none":  # only the KL is left: the policy is drawn to the reference
+        return lambda prompts, responses, rows: [0.0] * len(responses)
     if tasks.is_task(spec):
         return from_file(spec)
     if (Path(spec) / "adapter_config.json").is_file():

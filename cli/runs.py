@@ -77,7 +77,8 @@ def step_0(row, config):
         yield "step 0: no answer ended by itself; raise --max-new-tokens, or run sft.py first"
     if "zero_std_groups" in row:
         why = ""
-        if config.loss in ("grpo", "gspo") and config.minibatches == 1:  # (GRPO.5), whole groups
+        whole = config.minibatches == 1 and config.adv != "raw"  # whole groups, with a baseline
+        if config.loss in ("grpo", "gspo") and whole:  # (GRPO.5)
             why = "advantages sum to 0 in a group, their gradients do not; "
         yield (f"loss {row['loss']:.1e}, grad norm {row['grad_norm']:.2f}: {why}watch score, not "
                "loss")

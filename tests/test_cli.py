@@ -486,7 +486,8 @@ KEYS = {
     "reward_model": ALWAYS | {"accuracy", "margin"},
     "ppo": ALWAYS | SAMPLED | {"ratio_max", "clip_fraction", "approx_kl", "explained_variance"},
     "trpo": ALWAYS | SAMPLED | {"surrogate_gain", "backtracks", "kl_step", "explained_variance"},
-    "grpo": ALWAYS | SAMPLED | {"ratio_max", "clip_fraction", "approx_kl", "zero_std_groups"},
+    "grpo": ALWAYS | SAMPLED | {"ratio_max", "clip_fraction", "approx_kl", "zero_std_groups",
+                               "dead_groups"},
     "dpo": ALWAYS | {"accuracy", "margin", "logp_chosen", "logp_rejected"},
 }
 RUN = "--steps 2 --batch-size 4 --micro-batch-size 2 --lr 0.01 --out out".split()
@@ -588,12 +589,40 @@ def test_a_run_with_a_function_and_without_an_adapter(script, house):
     ("grpo", ["--loss", "dapo", "--adv", "loo", "--kl-in", "reward"]),
     ("grpo", ["--loss", "dr_grpo", "--adv", "none", "--kl", "k3-corrected"]),
     ("grpo", ["--loss", "gspo", "--clip-low", "3e-4", "--clip-high", "4e-4", "--kl", "k2"]),
+    ("grpo", ["--loss", "cispo", "--clip-low", "1", "--resample", "2"]),
+    ("grpo", ["--adv", "raw", "--kl", "k3"]),
     ("dpo", ["--loss", "ipo"]),
     ("dpo", ["--label-smoothing", "0.1"]),
+    ("dpo", ["--length-normalised", "--beta", "5"]),
+    ("dpo", ["--sft-weight", "1"]),
 ])
 def test_a_run_with_the_relatives(script, argv, house):
     SCRIPTS[script].main(arguments(script, *RUN, *argv))
     check_run(script, Path("out"), "tiny/model")
+
+
+@ON_POLICY
+def test_the_kl_is_to_the_adapter_that_reference_names(script, house):
+    """At step 0, and with --reward none, where every answer has the score 0."""
+    model, _ = common.load_model("tiny", "cpu")
+    lora.load_adapter(model, "teacher", house / "sft")
+    for layer in lora.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["teacher"], std=2.0)
+    lora.save_adapter(model, "teacher", "teacher", base="tiny/model")
+    for out, argv, far in (("one", [], False), ("two", ["--reference", "teacher"], True)):
+        SCRIPTS[script].main(arguments(
+            script, *RUN, "--out", out, "--reward", "none", "--missing-eos-score", "none", *argv))
+        row, _ = lines(Path(out) / "metrics.jsonl")
+        assert row["score"] == row["score_std"] == 0 and (abs(row["kl"]) > 1e-4) == far
+        assert json.loads(Path(out, "config.json").read_text())["reference"] == (
+            "teacher" if far else None)
+
+
+@ON_POLICY
+@pytest.mark.parametrize("folder, says", [("nowhere", "nowhere"), ("TINY", "is a reward model")])
+def test_a_reference_that_cannot_be_one(script, folder, says, house, capsys):
+    folder = str(house / "reward_model") if folder == "TINY" else folder
+    assert says in refusal(script, arguments(script, "--reference", folder), capsys)
 
 
 @pytest.mark.parametrize("script", ["sft", "reward_model", "dpo"])

@@ -77,6 +77,7 @@ def test_every_command_of_the_documentation_parses(page, command, monkeypatch, t
     if "/" in file:
         return
     monkeypatch.chdir(tmp_path)  # the --out of a command does not exist yet
+    (tmp_path / "tasks").symlink_to(ROOT / "tasks")
     read = flags.read
 
     def read_and_stop(*args, **kwargs):

@@ -261,6 +261,26 @@ def test_log_probabilities_are_at_the_temperature(actor):
         assert found[0, 0].item() == pytest.approx(alone, abs=1e-5)
 
 
+@torch.no_grad()
+def test_length_normalised_they_are_means_over_the_tokens_of_each_answer(actor):
+    config = config_of(length_normalised=True)
+    found = pair_logps(actor, "policy", PAIRS, config)
+    alone = [[logps_alone(actor, "policy", x, y).mean().item() for y in ys] for _, x, ys in PAIRS]
+    assert found.tolist() == [pytest.approx(pair, abs=1e-5) for pair in alone]
+    assert torch.allclose(dpo.all_logps(actor, "policy", PAIRS, config), found, atol=1e-5)
+
+
+def test_length_normalised_by_hand(monkeypatch):
+    """Where all 64 tokens are equally likely, an answer of n tokens has -n ln 64, and -ln 64."""
+    monkeypatch.setattr(common, "read", lambda model, x, x_mask, y, mask: torch.zeros(
+        len(y), y.shape[1] + 1, 64))
+    batch = common.collate(PAIRS, "cpu")
+    for normalised, lengths in ((False, [[3, 6], [8, 1], [2, 4]]), (True, [[1, 1]] * 3)):
+        found = dpo.pair_logps(None, batch, config_of(length_normalised=normalised))
+        assert found.tolist() == [
+            pytest.approx([-n * math.log(64) for n in pair], rel=1e-5) for pair in lengths]
+
+
 @pytest.mark.parametrize("micro", [1, 2, 3, None])
 def test_the_logps_of_all_pairs_keep_their_order_whatever_the_micro_batch(actor, micro):
     found = dpo.all_logps(actor, "policy", PAIRS, config_of(micro_batch_size=micro))
@@ -340,6 +360,42 @@ def test_the_gradient_weighs_a_pair_by_how_wrong_the_policy_is(actor, micro):
     assert (recorder.steps[0] - expected).norm() < 1e-5 * expected.norm()
     own = {id(p) for p in parameters}
     assert all(p.grad is None for p in actor.parameters() if id(p) not in own)
+
+
+@pytest.mark.parametrize("micro", [1, 2, None])
+@pytest.mark.parametrize("fields", [
+    {"length_normalised": True}, {"sft_weight": 0.7},
+    {"length_normalised": True, "sft_weight": 2.0}, {"loss": "ipo", "sft_weight": 0.7},
+    {"loss": "ipo", "length_normalised": True},
+])
+def test_update_descends_the_loss_per_token_and_that_of_sft(actor, fields, micro):
+    """Pair by pair from tokens that were read alone: what length_normalised divides, what
+    sft_weight adds. Micro-batches add up to the whole."""
+    config, parameters = config_of(micro_batch_size=micro, **fields), lora.adapter_parameters(
+        actor, "policy")
+    total, refs, shown = 0.0, [], []
+    for _, x, ys in PAIRS:
+        logps = [logps_alone(actor, "policy", x, y) for y in ys]
+        with torch.no_grad():
+            ref = [logps_alone(actor, "reference", x, y) for y in ys]
+        if config.length_normalised:
+            w, l, ref_w, ref_l = (v.mean() for v in (*logps, *ref))
+        else:
+            w, l, ref_w, ref_l = (v.sum() for v in (*logps, *ref))
+        h = w - ref_w - l + ref_l
+        loss = (h - 1 / 0.6) ** 2 if config.loss == "ipo" else (1 + (-0.3 * h).exp()).log()
+        total = total + (loss - config.sft_weight * logps[0].mean()) / len(PAIRS)
+        refs += [ref_w, ref_l]
+        shown += [w.item(), l.item()]
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)])
+    batch = common.collate(PAIRS, "cpu")
+    batch["ref"] = torch.stack(refs)
+    recorder = Recorder(parameters)
+    logps, norm = dpo.update(actor, recorder, batch, config)
+    assert logps.flatten().tolist() == pytest.approx(shown, abs=1e-5)
+    assert norm == pytest.approx(expected.norm().item(), rel=1e-4) and norm > 0.01
+    expected = expected / max(1.0, norm)
+    assert (recorder.steps[0] - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_update_moves_the_policy_and_nothing_else_towards_the_chosen_answers(actor):
@@ -530,6 +586,20 @@ def test_training_makes_the_chosen_answers_likelier_than_the_rejected_ones(kind)
     history = run(toy(kind), rows=rows, steps=8, batch_size=6)
     assert history[-1]["accuracy"] == 1.0 and history[-1]["margin"] > 0.1
     assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_the_sft_term_keeps_the_chosen_answers_likely_and_stays_out_of_the_logged_loss(kind):
+    plain, held = (run(toy(kind), steps=8, batch_size=6, sft_weight=weight) for weight in (0, 10.0))
+    assert plain[0]["loss"] == held[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert plain[0]["logp_chosen"] == held[0]["logp_chosen"]
+    assert held[-1]["logp_chosen"] > plain[-1]["logp_chosen"] + 1
+
+
+def test_length_normalised_margins_and_log_probabilities_are_those_of_a_token(kind):
+    history = run(toy(kind), length_normalised=True)
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert -8 < history[0]["logp_chosen"] < 0 and -8 < history[0]["logp_rejected"] < 0
+    assert history[-1]["margin"] > 0
 
 
 def test_train_leaves_out_pairs_that_teach_nothing_and_refuses_to_train_on_none(kind):

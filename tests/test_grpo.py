@@ -14,9 +14,10 @@ from conftest import ROOT, TARGETS, toy
 import common
 import grpo
 import lora
-from cli import runs
+from cli import rewards, runs
 
-LOSSES, KINDS = ["grpo", "dapo", "dr_grpo", "gspo"], ["k3", "k3-corrected", "k2"]
+CLIPPED, KINDS = ["grpo", "dapo", "dr_grpo", "gspo"], ["k3", "k3-corrected", "k2"]
+LOSSES = [*CLIPPED, "cispo"]
 MASK = torch.tensor([[1.0, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
 LENGTHS = [5, 2, 3, 1]
 
@@ -81,9 +82,33 @@ def test_a_group_without_spread_has_no_advantage(scale, score):
     assert adv[0].tolist() == [0.0] * 6 and adv[1].abs().min() > 0.2
 
 
+def test_raw_is_the_score_itself_also_where_there_is_no_spread():
+    rewards = torch.tensor([[1.0, 1.0, 1.0], [-3.0, 0.0, 2.5]])
+    assert grpo.group_advantages(rewards, "raw").tolist() == rewards.tolist()
+
+
+def test_raw_has_the_expected_gradient_of_loo_and_more_noise():
+    """Over all groups of two answers, each with its probability. The squares of the advantages have
+    the means mu and mu (1 - mu) G / (G - 1) of docs/grpo.md, here with mu = 0.9 and G = 2."""
+    logp = torch.tensor([0.6, 0.3, 0.1]).log().requires_grad_()
+    score, mean, square = torch.tensor([1.0, 1.0, 0.0]), {}, {}
+    for scale in ("raw", "loo"):
+        total, square[scale] = 0.0, 0.0
+        for i in range(3):
+            for j in range(3):
+                adv = grpo.group_advantages(score[torch.tensor([[i, j]])], scale)[0]
+                p = (logp[i] + logp[j]).exp().item()
+                total = total + p * (adv * logp.log_softmax(0)[[i, j]]).sum()
+                square[scale] += p * adv[0].item() ** 2
+        [mean[scale]] = torch.autograd.grad(total, logp)
+    assert torch.allclose(mean["raw"], mean["loo"], atol=1e-6) and mean["raw"].norm() > 0.05
+    assert square == pytest.approx({"raw": 0.9, "loo": 0.9 * 0.1 * 2}, abs=1e-5)
+
+
 def test_a_group_of_one_and_an_unknown_scale_raise():
-    with pytest.raises(ValueError, match="two answers"):
-        grpo.group_advantages(torch.ones(3, 1))
+    for scale in ("std", "raw"):
+        with pytest.raises(ValueError, match="two answers"):
+            grpo.group_advantages(torch.ones(3, 1), scale)
     with pytest.raises(ValueError, match="median"):
         grpo.group_advantages(torch.ones(3, 2), "median")
 
@@ -173,6 +198,48 @@ def test_the_four_losses_by_hand(loss, expected):
     assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_cispo_by_hand():
+    """A = 2 with the weights 1.1, 1.3 (of 1.5) and 0.8 (of 0.5), A = -1 with 0.8 (of 0.7): each
+    times -A log pi, a mean over four tokens. The gradient is -A times the weight over four."""
+    ratio = torch.tensor([[1.1, 1.5, 0.5, 9.0], [0.7, 9.0, 9.0, 9.0]])
+    mask = torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]])
+    logp = torch.tensor([[-1.0, -2.0, -0.5, 7.0], [-3.0, 7.0, 7.0, 7.0]], requires_grad=True)
+    old, adv = logp.detach() - ratio.log(), torch.tensor([2.0, -1.0])
+    found = grpo.grpo_loss(logp, old, old, adv, mask, 0.2, 0.3, 0.0, "cispo")
+    assert found.item() == pytest.approx(
+        -(2 * (1.1 * -1 + 1.3 * -2 + 0.8 * -0.5) - 0.8 * -3) / 4, abs=1e-6)
+    found.backward()
+    assert logp.grad.tolist() == [
+        pytest.approx([-2.2 / 4, -2.6 / 4, -1.6 / 4, 0.0], abs=1e-6),
+        pytest.approx([0.8 / 4, 0.0, 0.0, 0.0], abs=1e-6)]
+
+
+@pytest.mark.parametrize("adv, ratio, weight", [
+    (1.0, 1.4, 1.3), (1.0, 1.2, 1.2), (1.0, 0.95, 0.95), (1.0, 0.5, 0.9),
+    (-1.0, 1.4, 1.3), (-1.0, 1.2, 1.2), (-1.0, 0.95, 0.95), (-1.0, 0.8, 0.9),
+])
+def test_in_cispo_the_clip_bounds_a_weight_and_silences_no_token(adv, ratio, weight):
+    """eps 0.1 down, 0.3 up, whatever the sign of the advantage."""
+    logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    grpo.grpo_loss(logp, zero, zero, torch.tensor([adv]), one, 0.1, 0.3, 0.0, "cispo").backward()
+    assert logp.grad.item() == pytest.approx(-adv * weight, abs=1e-6)
+
+
+@pytest.mark.parametrize("kl", KINDS)
+def test_on_policy_cispo_has_the_gradient_of_dapo_and_off_policy_another(kl):
+    found = {}
+    for loss in ("cispo", "dapo"):
+        for policy in ("on", "off"):
+            logp, old, ref, adv = random_inputs()
+            old = logp.detach() if policy == "on" else old
+            value = grpo.grpo_loss(logp, old, ref, adv, MASK.double(), 0.1, 0.25, 0.3, loss, kl=kl)
+            found[loss, policy] = torch.autograd.grad(value, logp)[0]
+    assert torch.allclose(found["cispo", "on"], found["dapo", "on"], atol=1e-12)
+    assert found["dapo", "on"].norm() > 0.01
+    assert (found["cispo", "off"] - found["dapo", "off"]).norm() > 0.01
+
+
 def by_definition(logp, old, ref, adv, low, high, beta, loss, max_tokens, kl):
     """Answer by answer, token by token, on scalars: min of the two gains, minus the penalty."""
     rows = []
@@ -181,12 +248,15 @@ def by_definition(logp, old, ref, adv, low, high, beta, loss, max_tokens, kl):
         ratios = [math.prod(tokens) ** (1 / n)] * n if loss == "gspo" else tokens
         rows.append([])
         for t, rho in enumerate(ratios):
-            gain = min(rho * adv[b], min(max(rho, 1 - low), 1 + high) * adv[b])
+            inside = min(max(rho, 1 - low), 1 + high)
+            gain = min(rho * adv[b], inside * adv[b])
+            if loss == "cispo":  # no gradient flows through the weight
+                gain = min(max(rho.item(), 1 - low), 1 + high) * adv[b] * logp[b, t]
             q = (ref[b, t] - logp[b, t]).exp()
             k3 = q - 1 - q.log()
             penalty = {"k3": k3, "k2": q.log() ** 2 / 2, "k3-corrected": tokens[t] * k3}[kl]
             rows[b].append(beta * penalty - gain)
-    if loss == "dapo":
+    if loss in ("dapo", "cispo"):
         return sum(map(sum, rows)) / sum(LENGTHS)
     if loss == "dr_grpo":
         return sum(map(sum, rows)) / (len(rows) * max_tokens)
@@ -225,7 +295,7 @@ def test_junk_in_the_padding_changes_neither_value_nor_gradient(loss, kl):
     assert all(r == pytest.approx(results[0], abs=1e-12) for r in results)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", CLIPPED)
 @pytest.mark.parametrize("adv, ratio, flat", [
     (1.0, 1.4, True), (1.0, 1.2, False), (1.0, 0.95, False), (1.0, 0.5, False),
     (-1.0, 1.4, False), (-1.0, 1.2, False), (-1.0, 0.95, False), (-1.0, 0.8, True),
@@ -464,6 +534,123 @@ def test_save_samples_writes_one_line_a_response(tmp_path):
                      for p, r, s in (("a", "x", 1.5), ("a" * 30, "y", -3.0))]
 
 
+# ------------------------------------------------------------------------------ resample
+
+
+def without_spread(*numbers):
+    """A reward that gives all answers to the rows with these numbers 0, and the others numbers that
+    depend on the text; it keeps the rows of each call."""
+    def reward(prompts, responses, rows):
+        reward.calls.append([row["number"] for row in rows])
+        return [0.0 if row["number"] in numbers else sum(map(ord, response)) % 97
+                for row, response in zip(rows, responses)]
+
+    reward.calls = []
+    return reward
+
+
+def resampled(model, drawn, reward, seed=3, **fields):
+    """What grpo.resample makes of the rows with the numbers `drawn`."""
+    by_number = {row["number"]: row for row in PROMPTS}
+    config = grpo.Config(**{**CONFIG, "missing_eos_score": None, **fields})
+    return grpo.resample(model, Letters(), PROMPTS, [by_number[n] for n in drawn], reward, config,
+                         torch.Generator().manual_seed(seed)), config
+
+
+def check_rollout(model, batch, texts, drawn, reward, config):
+    """Each row is what a rollout of its own prompt would be: nothing was mixed up or cut off."""
+    scores = reward(None, texts, [row for row in drawn for _ in range(G)])
+    names = ("logp_old", "policy"), ("logp_ref", "reference")
+    assert len(batch["x"]) == len(drawn) and len(batch["y"]) == len(texts) == G * len(drawn)
+    for key, name in names:
+        logps = grpo.batch_logps(model, name, batch, config)
+        assert torch.allclose(batch[key], logps, atol=1e-5)
+    for b, text in enumerate(texts):
+        prompt, answer = sequence(batch, b)
+        row, n = drawn[b // G], len(answer)
+        whole = Letters()(f"User: {row['prompt']}\n\nAssistant:").input_ids
+        assert prompt == whole[-(config.max_length - config.max_new_tokens):]
+        assert text == Letters().batch_decode([answer], True)[0]
+        assert batch["score"][b].item() == scores[b]
+        assert batch["ended"][b].item() == (2 <= answer[-1] < 18)
+        for key, name in names:
+            alone = logps_alone(model, name, prompt, answer, config.temperature)
+            assert torch.allclose(batch[key][b, :n], alone, atol=1e-5)
+        assert all(batch[key][b, n:].abs().sum() == 0
+                   for key in ("y", "mask", "logp_old", "logp_ref", "entropy"))
+
+
+@pytest.mark.parametrize("dead, alive", [(1, 30), (30, 9)])
+@torch.no_grad()
+def test_groups_without_spread_are_replaced_until_all_have_one(actor, dead, alive):
+    """The dead prompt is the shortest, so that what comes in its place is wider, or the longest.
+    Each round samples for the dead places only, and the groups that live stay as they are."""
+    reward = without_spread(dead)
+    drawn = [dead, alive, dead]
+    [(batch, texts, rows, share), config] = resampled(actor, drawn, reward, resample=30)
+    first, *rounds = reward.calls
+    assert share == pytest.approx(2 / 3) and first == [n for n in drawn for _ in range(G)]
+    left = 2
+    for numbers in rounds:
+        assert len(numbers) == left * G
+        left = sum(numbers[i * G] == dead for i in range(left))
+    assert rounds and left == 0 and dead not in [row["number"] for row in rows]
+    assert rows[1]["number"] == alive
+    score = batch["score"].view(-1, G)
+    assert (score.amax(1) > score.amin(1)).all()
+    check_rollout(actor, batch, texts, rows, reward, config)
+    plain, same = grpo.rollout(
+        actor, Letters(), [row for n in drawn for row in PROMPTS if row["number"] == n], reward,
+        config, torch.Generator().manual_seed(3), G)
+    n = plain["y"].shape[1]
+    assert same[G : 2 * G] == texts[G : 2 * G]
+    assert torch.equal(plain["y"][G : 2 * G], batch["y"][G : 2 * G, :n])
+
+
+@pytest.mark.parametrize("times", [None, 1, 3])
+@torch.no_grad()
+def test_they_are_replaced_at_most_as_often_as_resample_says(actor, times):
+    reward = without_spread(1, 30, 9)
+    [(batch, texts, rows, share), config] = resampled(actor, [1, 9], reward, resample=times)
+    assert share == 1.0 and [len(numbers) for numbers in reward.calls] == [2 * G] * (
+        1 + (times or 0))
+    assert [row["number"] for row in rows] == (reward.calls[-1][::G])
+    check_rollout(actor, batch, texts, rows, reward, config)
+
+
+@torch.no_grad()
+def test_nothing_is_replaced_where_every_group_has_spread(actor):
+    reward = without_spread()
+    [(batch, texts, rows, share), _] = resampled(actor, [1, 30, 9], reward, resample=3)
+    assert share == 0.0 and len(reward.calls) == 1
+    assert [row["number"] for row in rows] == [1, 30, 9]
+
+
+@torch.no_grad()
+def test_the_same_seed_replaces_by_the_same_groups(actor):
+    a, b, other = (resampled(actor, [1, 30, 1], without_spread(1), seed, resample=4)[0]
+                   for seed in (3, 3, 4))
+    assert all(torch.equal(a[0][key], b[0][key]) for key in a[0]) and a[1:] == b[1:]
+    assert other[1] != a[1]
+
+
+def test_train_learns_from_the_groups_that_came_in_their_place(kind):
+    """dead_groups is their share before, zero_std_groups their number after; the samples are those
+    that were learnt from. Without --resample the two count the same."""
+    for times in (30, None):
+        model, seen, reward = toy(kind), [], without_spread(30)
+        model.generation_config.eos_token_id = list(range(2, 18))
+        config = grpo.Config(**{**RUN, "resample": times, "missing_eos_score": None})
+        history = grpo.train(model, Letters(), PROMPTS, reward, config,
+                             lambda row, samples, state: seen.append(samples))
+        assert max(row["dead_groups"] for row in history) > 0
+        for row, samples in zip(history, seen):
+            dead = sum(sample["prompt"] == PROMPTS[1]["prompt"] for sample in samples)
+            assert row["zero_std_groups"] == dead / G
+            assert times is None or dead == 0
+            assert times or row["dead_groups"] == row["zero_std_groups"] / 2
+
+
 # ------------------------------------------------------------------------------ update
 
 
@@ -578,18 +765,23 @@ def test_drift_is_measured_on_the_whole_batch_after_the_update(actor, loss):
         "ratio_max": max(ratios)}, rel=1e-3)
 
 
-@pytest.mark.parametrize("loss, kl_in", [*((loss, "loss") for loss in LOSSES), ("grpo", "reward")])
-def test_first_gradient_is_the_policy_gradient_with_or_without_the_kl(actor, loss, kl_in):
-    """-sum w_i (A_i + beta (pi_ref/pi - 1)) grad log pi, row by row, unpadded; with --kl-in reward
-    beta stays out of it."""
-    batch, _, config = collect(actor, loss=loss, kl_in=kl_in, micro_batch_size=4)
+@pytest.mark.parametrize("loss, kl_in, kl", [
+    *((loss, "loss", None) for loss in LOSSES), ("grpo", "loss", "k3"), ("grpo", "reward", None),
+])
+def test_first_gradient_is_the_policy_gradient_with_or_without_the_kl(actor, loss, kl_in, kl):
+    """-sum w_i (A_i + beta log(pi_ref/pi)) grad log pi, row by row, unpadded; with k3, which is not
+    the default, (pi_ref/pi - 1) for the logarithm; with --kl-in reward beta stays out of it."""
+    more = {"kl": kl} if kl else {}
+    batch, _, config = collect(actor, loss=loss, kl_in=kl_in, micro_batch_size=4, **more)
     parameters = lora.adapter_parameters(actor, "policy")
     tokens, surrogate = batch["mask"].sum().item(), 0.0
     for b in range(B):
         ids, n = sequence(batch, b), len(sequence(batch, b)[1])
-        weight = {"dapo": 1 / tokens, "dr_grpo": 1 / (B * 20)}.get(loss, 1 / (B * n))
+        weight = {"dapo": 1 / tokens, "cispo": 1 / tokens, "dr_grpo": 1 / (B * 20)}.get(
+            loss, 1 / (B * n))
         logp = logps_alone(actor, "policy", *ids, config.temperature)
-        pull = (logps_alone(actor, "reference", *ids, config.temperature) - logp).exp() - 1
+        pull = logps_alone(actor, "reference", *ids, config.temperature) - logp
+        pull = pull.exp() - 1 if kl == "k3" else pull
         gain = batch["adv"][b] + (config.beta * pull.detach() if kl_in == "loss" else 0.0)
         surrogate = surrogate - weight * (gain * logp).sum()
     expected = flat_gradient(surrogate, parameters)
@@ -615,7 +807,7 @@ def gradients_alone(model, batch, config, parameters):
             value = grpo.grpo_loss(
                 logp, old, ref, batch["adv"][rows], mask, config.clip_low, config.clip_high,
                 config.beta, config.loss, config.max_new_tokens, config.kl)
-            if config.loss == "dapo":  # every token of the batch has the same weight
+            if config.loss in ("dapo", "cispo"):  # each token of the batch has the same weight
                 value = value * mask.sum() / (batch["mask"].sum() / config.minibatches)
             found.append((value.item(), flat_gradient(value, parameters)))
     return found
@@ -625,6 +817,7 @@ def gradients_alone(model, batch, config, parameters):
 @pytest.mark.parametrize("loss, minibatches, kl", [
     ("grpo", 1, "k3"), ("dapo", 1, "k2"), ("dr_grpo", 1, "k3-corrected"), ("gspo", 1, "k3"),
     ("grpo", 3, "k3-corrected"), ("dapo", 3, "k2"), ("dr_grpo", 3, "k3"), ("gspo", 3, "k2"),
+    ("cispo", 3, "k3-corrected"),
 ])
 def test_micro_batches_give_the_gradient_of_the_whole(actor, loss, micro, minibatches, kl):
     """To 1e-5 of its norm, and the mean loss, away from ratio 1, with rows of unequal length. A
@@ -720,7 +913,7 @@ def test_train_compares_answers_to_one_prompt_and_takes_the_kl_off_their_scores(
 
 KEYS = {  # of metrics.jsonl
     "step", "seconds", "lr", "score", "score_std", "kl", "entropy", "eos_rate", "length", "loss",
-    "ratio_max", "approx_kl", "clip_fraction", "grad_norm", "zero_std_groups"}
+    "ratio_max", "approx_kl", "clip_fraction", "grad_norm", "zero_std_groups", "dead_groups"}
 NEW_KEYS = {"surprise", "surprise_z", "log_ratio_max"}
 RUN = dict(CONFIG, steps=4, batch_size=6, lr=1e-2, minibatches=2, max_new_tokens=6,
            micro_batch_size=4)
@@ -870,6 +1063,41 @@ def test_a_group_of_equal_scores_is_counted_though_rounding_gives_it_a_spread(ki
     [row] = grpo.train(
         toy(kind), Letters(), PROMPTS, lambda p, r, rows: [constant] * len(r), config)
     assert row["zero_std_groups"] == 1 and row["grad_norm"] == 0
+
+
+@torch.no_grad()
+def from_the_reference(model, batch):
+    """The exact KL(policy || reference) in nats per token, at the states of a batch."""
+    found = []
+    for b in range(len(batch["y"])):
+        p, q = (logits_alone(model, name, *sequence(batch, b)).log_softmax(-1)
+                for name in ("policy", "reference"))
+        found += (p.exp() * (p - q)).sum(-1).tolist()
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_with_the_reward_none_the_policy_learns_to_be_the_reference(kind, kl_in):
+    """Distillation: every score is 0, so the KL alone is left, wherever it stands. The KL falls on
+    the policy's own answers, and at the states where it began."""
+    model = toy(kind)
+    model.get_output_embeddings().weight.data *= 8  # logits that differ: policies that do, too
+    add_adapters(model, kind, "policy", "reference")
+    for layer in lora.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["reference"], std=1.0)
+    nothing = rewards.load(Namespace(reward="none"), model, 64)
+    config = grpo.Config(**{
+        **CONFIG, "steps": 25, "batch_size": 24, "group_size": 8, "lr": 0.02, "kl_in": kl_in,
+        "max_new_tokens": 6, "missing_eos_score": None, "adv": "loo", "beta": 1.0})
+    batch, _ = grpo.rollout(model, Letters(), PROMPTS, nothing, config,
+                            torch.Generator().manual_seed(5), 8)
+    assert batch["score"].tolist() == [0.0] * 24
+    before = from_the_reference(model, batch)
+    history = grpo.train(model, Letters(), PROMPTS, nothing, config)
+    assert all(row["score"] == 0 and row["dead_groups"] == 1 for row in history)
+    kl = [row["kl"] for row in history]
+    assert kl[0] > 4 and sum(kl[-3:]) / 3 < 0.5 * kl[0]
+    assert before > 0.7 and from_the_reference(model, batch) < 0.75 * before
 
 
 # ------------------------------------------------------------------------------ as a library
