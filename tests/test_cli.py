@@ -886,7 +886,8 @@ def test_the_commands_of_the_readme_run_one_after_another(house, monkeypatch):
                                  .partition("\n")[2].replace("\n    ", "\n").strip())
     shorter = ["--steps", "1", "--batch-size", "4"]
     hub = {"facebook/opt-350m": str(house / "model"),
-           "databricks/databricks-dolly-15k": str(house / "demonstrations.jsonl")}
+           "databricks/databricks-dolly-15k": str(house / "demonstrations.jsonl"),
+           "smollm2": str(house / "model"), "tasks/sums.py": str(ROOT / "tasks" / "sums.py")}
     commands = re.findall(r"python ((?:-m |\S+\.py)[^\n`|#&]*)", text)
     assert len(commands) > 15
     for line in commands:
