@@ -49,6 +49,7 @@ def converse(model, tokenizer, args, generator):
 def parse_args(argv=None):
     p = flags.parser(__doc__, "python -m cli.chat")
     flags.model_flags(p)
+    p.set_defaults(model=None)  # the one that the adapter was trained on
     p.add_argument("--adapter", help="folder of an adapter (none: the bare base)")
     p.add_argument("--prompt", help="answer this and end (none: a conversation)")
     p.add_argument("--max-new-tokens", type=flags.whole,
@@ -58,8 +59,11 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=flags.seed, default=0, help="of the sampling (0)")
     p.add_argument("--max-length", type=flags.whole, default=1024, help="prompt + answer (1024)")
     args = p.parse_args(argv)
+    args.adapter = None if args.adapter == "none" else args.adapter
+    if args.model is None:
+        args.model = models.adapter_base(args.adapter) if args.adapter else "tiny"
     if args.temperature is None:
-        args.temperature = 0.5 if args.model == "tiny" else 0.7
+        args.temperature = 0.5 if args.model in ("tiny", "tiny/model") else 0.7
     return args
 
 
@@ -74,7 +78,7 @@ def main(argv=None):
         if args.max_new_tokens >= args.max_length:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt "
                              f"in a length of {args.max_length}")
-        name = "adapter" if args.adapter and args.adapter != "none" else None
+        name = "adapter" if args.adapter else None
         if name:
             models.load_adapter(model, name, args.adapter)
         generator = torch.Generator().manual_seed(args.seed)

@@ -801,6 +801,14 @@ def test_chat_prints_the_answer_alone(adapter, capsys, house):
     assert said(capsys, "--prompt", "Why?", "--temperature", "0", *argv) == expected + "\n"
 
 
+def test_a_chat_without_a_model_takes_that_of_its_adapter(capsys, house, monkeypatch):
+    model, _ = common.load_model(str(house / "model"), "cpu")
+    lora.add_adapter(model, "new", rank=4)
+    lora.save_adapter(model, "new", "adapter", base=str(house / "model"))
+    monkeypatch.setattr(common, "TINY", Path("nowhere"))
+    assert said(capsys, "--adapter", "adapter", "--prompt", "q0")
+
+
 def test_a_seed_of_a_chat_repeats_its_answer_and_another_does_not(capsys, house):
     one, two, three = (said(capsys, "--prompt", "Why?", "--temperature", "2", "--seed", seed)
                        for seed in ("5", "5", "6"))
