@@ -17,7 +17,7 @@ import re
 LEVELS = {"1": (2, 20), "2": (10, 99), "3": (100, 999)}  # the numbers that are added, by level
 # What suits this task in every script. A checker that cannot be fooled needs no KL to hold the policy
 # back, and most groups of 8 answers have a right and a wrong one.
-FLAGS = {"steps": 72, "batch_size": 32, "group_size": 8, "max_new_tokens": 12, "beta": 0.0,
+FLAGS = {"steps": 60, "batch_size": 32, "group_size": 8, "max_new_tokens": 12, "beta": 0.0,
          "missing_eos_score": 0.0}
 
 

@@ -806,6 +806,7 @@ def test_a_chat_without_a_model_takes_that_of_its_adapter(capsys, house, monkeyp
     lora.add_adapter(model, "new", rank=4)
     lora.save_adapter(model, "new", "adapter", base=str(house / "model"))
     monkeypatch.setattr(common, "TINY", Path("nowhere"))
+    capsys.readouterr()
     assert said(capsys, "--adapter", "adapter", "--prompt", "q0")
 
 
