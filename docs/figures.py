@@ -238,6 +238,34 @@ def smollm2(page):
     return grid(rows)
 
 
+def sums(page, what):
+    """Of SmolLM2 and the sums: "minutes" that training took, or "answers" before and after."""
+    found = [run for name, run in record("verifiable").items() if name.startswith("grpo-seed")]
+    if what == "minutes":
+        return f"{mean(run['seconds'] for run in found) / 60:.0f}"
+    first = found[0]
+    return grid([["prompt", "before", "after"], *(
+        [prompt, *(" ".join(first[when]["answers"][prompt].split()) for when in ("before", "after"))]
+        for prompt in first["after"]["answers"])])
+
+
+def verifiable(page, columns="greedy, pass@1, pass@8"):
+    """Held-out sums before training, and after it by each method that was run."""
+    found, columns = record("verifiable"), columns.split(", ")
+    names = {"few-shot": "four solved sums before the question", "sft": "SFT on its own right answers",
+             "reinforce": "REINFORCE, leave-one-out", "ppo": "PPO", "grpo-seed": "GRPO, three seeds",
+             "raw": "GRPO, the raw score in place of the advantage",
+             "none": "GRPO, not divided by the spread", "resample": "GRPO, --resample 2"}
+    rows = [["SmolLM2 as it is", *(f"{found['grpo-seed0']['before'][c]:.2f}" for c in columns)]]
+    for start, label in names.items():
+        runs = [run["after"] for name, run in found.items() if name.startswith(start)]
+        if runs:
+            cells = [[run[column] for run in runs] for column in columns]
+            rows.append([label, *(f"{mean(values):.2f}" + (
+                f" ± {stdev(values):.2f}" if len(values) > 1 else "") for values in cells)])
+    return grid([["", *columns], *rows])
+
+
 def peaks(page):
     """Peak memory of each script with a larger model on a GPU."""
     found = record("gpu_memory")
@@ -245,7 +273,7 @@ def peaks(page):
 
 
 FIGURES = (minutes, lines, mistakes, file, reinforce, closed_form, kl_in_the_loss, one_prompt,
-           results, compare, first, answers, smollm2, peaks)
+           results, compare, first, answers, smollm2, sums, verifiable, peaks)
 
 # ------------------------------------------------------------------------------ command
 

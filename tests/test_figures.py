@@ -1,7 +1,7 @@
 """The pages hold what docs/figures.py writes, and a letter means on every page what the glossary says."""
 
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -75,11 +75,11 @@ def test_the_letters_of_the_formulas_have_a_row(page):
 # ------------------------------------------------------------------------------ reinforce.py
 
 
-def test_reinforce_reaches_the_optimum_as_the_page_says():
+def test_reinforce_reaches_the_optimum_as_the_page_says(capsys):
     """The distances shrink, and the last one is about 0; other versions of torch may draw others."""
-    done = subprocess.run([sys.executable, ROOT / "docs" / "reinforce.py"], capture_output=True,
-                          text=True, check=True)
-    for printed in (done.stdout.splitlines(), figures.record("reinforce")["lines"]):
-        distances = [float(line.split("KL(pi, pi*)")[1].split()[0]) for line in printed]
+    runpy.run_path(str(ROOT / "docs" / "reinforce.py"))
+    printed = capsys.readouterr().out.splitlines()
+    for lines in (printed, figures.record("reinforce")["lines"]):
+        distances = [float(line.split("KL(pi, pi*)")[1].split()[0]) for line in lines]
         assert len(distances) == 6 and distances == sorted(distances, reverse=True)
         assert distances[0] > 0.1 and distances[-1] < 1e-5
