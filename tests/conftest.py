@@ -1,7 +1,6 @@
 """Two toy models that every test touching a model runs through: a GPT-2 (learned positions, Conv1D,
 dropout .1 in its config) and a Llama (rotary positions, nn.Linear)."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,15 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 torch.set_num_threads(1)  # the toys are so small that a second thread only costs time
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    """Where pytest-xdist is installed and no -n is given, each core takes a file of tests at a time."""
-    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
-        if not config.option.usepdb and len(config.args) == 1 and "::" not in config.args[0]:
-            config.option.numprocesses, config.option.dist = os.cpu_count(), "loadfile"
-
 
 TARGETS = {"gpt2": ("c_attn",), "llama": ("q_proj", "v_proj")}
 
