@@ -60,10 +60,6 @@ def parse_args(argv=None):
     p.add_argument("--max-length", type=flags.whole, default=1024, help="prompt + answer (1024)")
     args = p.parse_args(argv)
     args.adapter = None if args.adapter == "none" else args.adapter
-    if args.model is None:
-        args.model = models.adapter_base(args.adapter) if args.adapter else "tiny"
-    if args.temperature is None:
-        args.temperature = 0.5 if args.model in ("tiny", "tiny/model") else 0.7
     return args
 
 
@@ -71,6 +67,10 @@ def main(argv=None):
     with flags.errors():
         args = parse_args(argv)
         flags.quiet()
+        if args.model is None:
+            args.model = models.adapter_base(args.adapter) if args.adapter else "tiny"
+        if args.temperature is None:
+            args.temperature = 0.5 if args.model in ("tiny", "tiny/model") else 0.7
         model, tokenizer = models.open_model(args, args.model)
         args.max_length = models.readable(model, args.max_length)
         if args.max_new_tokens is None:
