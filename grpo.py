@@ -180,9 +180,10 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, eps_low=0.2, eps_high=0.2, be
     B, length, adv = len(mask), mask.sum(1, keepdim=True), adv.unsqueeze(1)
     ratio = importance_ratio(logp, logp_old, mask, loss)  # (GRPO.2)
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
-    per_token = torch.max(-adv * ratio, -adv * clipped)  # (GRPO.3)
     if loss == "cispo":  # the clip limits a weight, and every token keeps its gradient
         per_token = -adv * clipped.detach() * logp  # (GRPO.9)
+    else:
+        per_token = torch.max(-adv * ratio, -adv * clipped)  # (GRPO.3)
     if beta:
         per_token = per_token + beta * kl_penalty(logp, logp_old, logp_ref, mask, kl)
     if loss in ("grpo", "gspo"):
@@ -295,6 +296,12 @@ def rollout(model, tokenizer, rows, reward, config, generator, G=1,
     return batch, responses
 
 
+def without_spread(score, G):
+    """[N] bool: whether all G answers of a group have the same score [B]."""
+    groups = score.view(-1, G)
+    return (groups == groups[:, :1]).all(1)
+
+
 def replace(batch, fresh, places, answers):
     """The batch, with the groups of `fresh` at the numbers `places` of its prompts and `answers` of
     its answers. Both are padded to the wider of the two."""
@@ -305,8 +312,8 @@ def replace(batch, fresh, places, answers):
             width = max(old.shape[1], new.shape[1])
             old, new = (F.pad(part, (width - part.shape[1], 0) if of_prompts
                               else (0, width - part.shape[1])) for part in (old, new))
-        rows = torch.tensor(places if of_prompts else answers, device=old.device)
-        result[key] = old.index_copy(0, rows, new)
+        index = torch.tensor(places if of_prompts else answers, device=old.device)
+        result[key] = old.index_copy(0, index, new)
     return result
 
 
@@ -319,24 +326,25 @@ def resample(model, tokenizer, rows, drawn, reward, config, generator):
     spread at first. Source: arXiv:2503.14476, section 3.2."""
     G, drawn = config.group_size, list(drawn)
     batch, responses = rollout(model, tokenizer, drawn, reward, config, generator, G)
-    score = batch["score"].view(-1, G)
-    dead = (score == score[:, :1]).all(1)  # [N]
+    dead = without_spread(batch["score"], G)  # [N]
     share = dead.float().mean().item()
     for _ in range(config.resample or 0):
         places = dead.nonzero().flatten().tolist()  # the groups to replace
-        others = torch.randint(len(rows), (len(places),), generator=generator).tolist()
         if not places:
             break
+        # Other prompts, drawn at random: this one's answers would most likely be alike again.
+        others = torch.randint(len(rows), (len(places),), generator=generator).tolist()
         fresh, texts = rollout(
             model, tokenizer, [rows[i] for i in others], reward, config, generator, G)
+        # The new groups take the places of the old ones, with their texts and their data rows. They
+        # may be without spread as well, and are then replaced in the next round.
         answers = [place * G + i for place in places for i in range(G)]
         batch = replace(batch, fresh, places, answers)
         for place, i in zip(places, others):
             drawn[place] = rows[i]
         for place, text in zip(answers, texts):
             responses[place] = text
-        score = batch["score"].view(-1, G)
-        dead = (score == score[:, :1]).all(1)
+        dead = without_spread(batch["score"], G)
     return batch, responses, drawn, share
 
 

@@ -10,9 +10,9 @@ penalty that goes on for too long.
 Every policy is judged from outside by tiny/judge.py, on held-out prompts: by the reward model it
 was trained on (score) and by the hidden preference it never saw (gold).
 
-Runs go to runs/compare and the numbers to benchmarks/compare.json. From them `python docs/figures.py`
-writes the tables of the pages, and `python docs/draw.py --record curves` draws the pictures. --jobs
-runs train at a time, each on one thread.
+Runs go to runs/compare and the numbers to benchmarks/compare.json. From them
+`python docs/figures.py` writes the tables of the pages, and `python docs/draw.py --record curves`
+draws the pictures. --jobs runs train at a time, each on one thread.
 """
 
 import argparse
@@ -101,23 +101,28 @@ def best_of(folder, prompts):
 # ------------------------------------------------------------------------------ table
 
 
+def seeds(runs, script):
+    """The runs of a script with its defaults, one per seed."""
+    return [run for name, run in runs.items() if name.startswith(f"{script}-seed")]
+
+
 def spread(values):
+    """Mean ± standard deviation, or the one value."""
     return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def table(results, best):
-    """The comparison as a Markdown table; ± is the standard deviation over seeds."""
-    rows = [("", *COLUMNS), ("---",) * (len(COLUMNS) + 1)]
+def table(results, best, columns=COLUMNS):
+    """The comparison as a Markdown table; ± is the standard deviation over seeds. The KL of the
+    best of n is its bound log n - (n - 1) / n."""
+    rows = [("", *columns), ("---",) * (len(columns) + 1)]
     for n, stats in best.items():
-        name = "SFT" if n == 1 else f"best of {n}"
-        kl = math.log(n) - (n - 1) / n
-        rows.append((name, *(f"{stats[c]:.2f}" for c in COLUMNS[:2]), f"{kl:.2f}",
-                     f"{stats['on topic']:.2f}",
-                     *(f"{stats[c]:.2f}" if n == 1 else "" for c in COLUMNS[4:6])))
+        n = int(n)  # in JSON it is a string
+        stats = {**stats, "KL": math.log(n) - (n - 1) / n}
+        rows.append(("SFT" if n == 1 else f"best of {n}",
+                     *(f"{stats[c]:.2f}" if c in stats else "" for c in columns)))
     for script in SCRIPTS:
-        seeds = [r for name, r in results.items() if name.startswith(f"{script}-seed")]
-        if seeds:
-            rows.append((script.upper(), *(spread([r[c] for r in seeds]) for c in COLUMNS)))
+        if found := seeds(results, script):
+            rows.append((script.upper(), *(spread([r[c] for r in found]) for c in columns)))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 

@@ -3,16 +3,16 @@
     python benchmarks/verifiable.py             all runs; what has run is not run again
     python benchmarks/verifiable.py grpo-seed0  only this one
 
-Every method samples the same number of answers, STEPS times 32 of at most 12 tokens. GRPO: three
-seeds, as `python grpo.py --model smollm2 --data tasks/sums.py` runs it. PPO: no reward model, so its
-critic starts at 0. REINFORCE: the mean of the other answers as baseline, no division by the spread.
-SFT: on those of as many answers of the model itself that are right. Few-shot: no training, but four
-solved sums before the question. Then what a flag changes: the advantage (raw, none), replacing groups
-without spread (resample), and the layers and learning rate of the adapter.
+Every method samples the same number of answers, 32 of at most 12 tokens in each step. GRPO: three
+seeds, as `python grpo.py --model smollm2 --data tasks/sums.py` runs it. PPO: no reward model, so
+its critic starts at 0. REINFORCE: the mean of the other answers as baseline, no division by the
+spread. SFT: on those of as many answers of the model itself that are right. Few-shot: no training,
+but four solved sums before the question. Then what a flag changes: the advantage (raw, none),
+replacing groups without spread (resample), and the layers and learning rate of the adapter.
 
-Each is judged on held-out sums: the share of right greedy answers, of right samples (pass@1), and of
-sums of which one in eight samples is right (pass@8). Everything goes to benchmarks/verifiable.json.
-Each run takes about ten minutes on 2 CPU cores.
+Each is judged on held-out sums: the share of right greedy answers, of right samples (pass@1), and
+of sums of which one in eight samples is right (pass@8). All of it goes to
+benchmarks/verifiable.json. Each run takes about ten minutes on 2 CPU cores.
 """
 
 import argparse
@@ -59,18 +59,21 @@ def configure(script, numbers):
     return config
 
 
-def judge(model, tokenizer, rows, adapter, shots=(), k=8, temperature=0.7):
-    """Greedy accuracy, pass@1 and pass@k of held-out sums, and a few greedy answers. shots: messages
-    before each question."""
-    prompts = [[*shots, {"role": "user", "content": row["prompt"]}] for row in rows]
+def answer(model, tokenizer, prompts, temperature, generator=None, k=1):
+    """The texts of k answers to each prompt, by the adapter that is active."""
     x, x_mask = common.pad([common.encode_prompt(tokenizer, p) for p in prompts], "left", "cpu")
     stop = common.stop_ids(model, tokenizer)
+    y, mask, _, _ = common.sample(model, x, x_mask, stop, 12, temperature, generator, k)
+    return common.decode(tokenizer, y, mask)
+
+
+def judge(model, tokenizer, rows, adapter, shots=(), k=8):
+    """Greedy accuracy, pass@1 and pass@k of held-out sums, and a few greedy answers. shots: the
+    messages before each question."""
+    prompts = [[*shots, {"role": "user", "content": row["prompt"]}] for row in rows]
     with lora.use_adapter(model, adapter):
-        y, mask, _, _ = common.sample(model, x, x_mask, stop, 12, 0)
-        greedy = common.decode(tokenizer, y, mask)
-        generator = torch.Generator().manual_seed(1)
-        y, mask, _, _ = common.sample(model, x, x_mask, stop, 12, temperature, generator, k)
-        drawn = common.decode(tokenizer, y, mask)
+        greedy = answer(model, tokenizer, prompts, 0)
+        drawn = answer(model, tokenizer, prompts, 0.7, torch.Generator().manual_seed(1), k)
     many = [row for row in rows for _ in range(k)]
     right = torch.tensor(sums.score(None, drawn, many)).view(-1, k)
     return {"greedy": sum(sums.score(None, greedy, rows)) / len(rows),
@@ -78,16 +81,12 @@ def judge(model, tokenizer, rows, adapter, shots=(), k=8, temperature=0.7):
             "answers": dict(zip((row["prompt"] for row in rows[:6]), greedy))}
 
 
-def right_answers(model, tokenizer, rows, steps, config):
+def right_answers(model, tokenizer, rows, config):
     """Data rows for SFT: the right ones among as many answers of the base as GRPO samples."""
     generator, found = torch.Generator().manual_seed(config.seed), []
-    for step in range(steps):
+    for step in range(config.steps):
         drawn = [rows[i] for i in common.batch_rows(step, len(rows), config.batch_size // 8, 0)]
-        x, x_mask = common.pad(
-            [common.encode_prompt(tokenizer, row["prompt"]) for row in drawn], "left", "cpu")
-        y, mask, _, _ = common.sample(model, x, x_mask, common.stop_ids(model, tokenizer), 12, 0.7,
-                                      generator, 8)
-        texts = common.decode(tokenizer, y, mask)
+        texts = answer(model, tokenizer, [row["prompt"] for row in drawn], 0.7, generator, 8)
         many = [row for row in drawn for _ in range(8)]
         found += [{"prompt": row["prompt"], "response": text.strip()} for row, text, score
                   in zip(many, texts, sums.score(None, texts, many)) if score]
@@ -106,18 +105,18 @@ def run(name):
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row["response"]})]
         return {"after": judge(model, tokenizer, test, None, shots)}
-    config, steps = configure(script, numbers), configure(grpo, {}).steps
-    before, history, clock = judge(model, tokenizer, test, None), [], time.time()
+    config = configure(script, numbers)
+    before, clock = judge(model, tokenizer, test, None), time.time()
     if script is sft:
-        found = right_answers(model, tokenizer, train, steps, config)
+        found = right_answers(model, tokenizer, train, config)
         print(f"{len(found)} right answers")
-        script.train(model, tokenizer, found, config, lambda row, *rest: history.append(row))
+        history = sft.train(model, tokenizer, found, config)
     else:
-        script.train(model, tokenizer, train, sums.score, config,
-                     lambda row, *rest: history.append(row))
+        history = script.train(model, tokenizer, train, sums.score, config)
     seconds = time.time() - clock
-    kept = ("score", "kl", "loss", "entropy", "eos_rate", "length", "dead_groups", "zero_std_groups")
-    curves = {key: [float(f"{row[key]:.4g}") for row in history] for key in kept if key in history[0]}
+    curves = {key: [float(f"{row[key]:.4g}") for row in history]
+              for key in ("score", "kl", "loss", "entropy", "eos_rate", "length", "dead_groups",
+                          "zero_std_groups") if key in history[0]}
     return {"config": asdict(config), "seconds": round(seconds), "before": before,
             "after": judge(model, tokenizer, test, "policy"), "curves": curves}
 
@@ -127,19 +126,17 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("names", nargs="*", help=f"of {', '.join(RUNS)} (all)")
     names = p.parse_args(argv).names or list(RUNS)
-    for name in names:
-        record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-        if name in record and len(names) > 1:
-            continue
-        if len(names) > 1:  # each in a process of its own
-            subprocess.run([sys.executable, __file__, name], check=True)
-            continue
-        found = run(name)
-        record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-        record[name] = found
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
-        print(name, {key: found["after"][key] for key in ("greedy", "pass@1", "pass@8")},
-              found.get("seconds"))
+    record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    if len(names) > 1:  # each in a process of its own
+        for name in names:
+            if name not in record:
+                subprocess.run([sys.executable, __file__, name], check=True)
+        return
+    [name] = names
+    found = run(name)
+    RECORD.write_text(json.dumps({**record, name: found}, indent=1) + "\n")
+    print(name, {key: found["after"][key] for key in ("greedy", "pass@1", "pass@8")},
+          found.get("seconds"))
 
 
 if __name__ == "__main__":

@@ -183,9 +183,8 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
     if args.dtype == "auto":
         args.dtype = dtype
     settle_defaults(args, is_tiny, needs_reward=reward == "needed")
-    names = {field.name for field in fields(Config)}
     suits = tasks.defaults(args.data) if tasks.is_task(args.data) else {}
-    suits = {name: value for name, value in suits.items() if name in names}
+    suits = {f.name: suits[f.name] for f in fields(Config) if f.name in suits}
     for field in ("lora_rank", "lora_alpha", "lora_targets"):
         if args.adapter and field in numbers:
             raise ValueError(f"--{field.replace('_', '-')} is for a new adapter, and "

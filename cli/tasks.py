@@ -13,7 +13,7 @@ from pathlib import Path
 
 def is_task(spec):
     """Whether --data names a Python file, with or without an argument."""
-    return ".py" in (Path(spec).suffix, Path(spec.partition(":")[0]).suffix)
+    return spec.partition(":")[0].endswith(".py")
 
 
 def run(file, flag):

@@ -39,6 +39,7 @@ import grpo  # noqa: E402
 import lora  # noqa: E402
 import ppo  # noqa: E402
 import trpo  # noqa: E402
+from benchmarks import compare  # noqa: E402
 from cli import data, flags  # noqa: E402
 from tiny import world  # noqa: E402
 
@@ -419,7 +420,8 @@ def draw_tokens(record, first=4, last=3):
     figure, axes = canvas(80 + (wide + 2) * len(shown) + 16 * len(gaps) + 20, 290)
 
     def place(number):  # the left edge of a column
-        return 66 + (wide + 2) * number + 16 * sum(gap <= number for gap in gaps) + 14 * (number > 3)
+        wider = 16 * sum(gap <= number for gap in gaps) + 14 * (number > 3)
+        return 66 + (wide + 2) * number + wider
 
     for number, (side, j) in enumerate(shown):
         if number in gaps:
@@ -761,10 +763,6 @@ def draw_implicit_reward(record):
 # ------------------------------------------------------------------------------ the comparison
 
 
-def seeds(comparison, script):
-    return [run for name, run in comparison["runs"].items() if name.startswith(f"{script}-seed")]
-
-
 def draw_learning_curves(record, comparison):
     """Score, gold and KL along the runs: mean and range over the seeds; at the right edge the
     finished policies on held-out prompts. DPO samples nothing while it learns."""
@@ -782,7 +780,7 @@ def draw_learning_curves(record, comparison):
                           label=script.upper())
     for place, (script, colour) in enumerate(COLOURS.items()):
         for axes, key in zip(panels, ("score", "gold", "KL")):
-            found = [run[key] for run in seeds(comparison, script)]
+            found = [run[key] for run in compare.seeds(comparison["runs"], script)]
             axes.plot([1.04 + 0.03 * place] * len(found), found, "o", color=colour,
                       markersize=4.5)
     for axes, key in zip(panels, ("score", "gold", "KL")):
@@ -814,7 +812,7 @@ def draw_frontier(comparison):
         axes.plot(bound, [stats[key] for stats in best.values()], "--", color=GREY, marker=".",
                   label="best of n (KL: at most)")
         for script, colour in COLOURS.items():
-            found = seeds(comparison, script)
+            found = compare.seeds(comparison["runs"], script)
             middle = tuple(statistics.mean(run[k] for run in found) for k in ("KL", key))
             others = [(run["KL"], run[key]) for name, run in comparison["runs"].items()
                       if name.startswith(f"{script}-beta")]

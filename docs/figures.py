@@ -11,16 +11,18 @@ benchmarks/*.json; the scripts that measure write those, and nothing here measur
 import argparse
 import itertools
 import json
-import math
 import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks import compare as comparison  # noqa: E402
+
 MARKER = re.compile(r"(<!-- (?!end\b)(\w+)(?:: ([^>]*?))? -->)(.*?)(<!-- end -->)", re.S)
 
 
@@ -81,7 +83,7 @@ def reinforce(page):
 
 
 def closed_form(page):
-    """Where the four algorithms end on the toy, and where a KL in the loss does."""
+    """How far from the best policy the four algorithms end on the toy."""
     ends = record("closed_form")
     names = {"ppo": "PPO", "trpo": "TRPO", "grpo": "GRPO, KL in the reward", "dpo": "DPO"}
     return grid([["KL(pi, pi\\*) at the end", *names.values()],
@@ -168,58 +170,28 @@ def visible(token):
 
 # ------------------------------------------------------------------------------ of the comparison
 
-NAMES = {"1": "SFT", "4": "best of 4", "16": "best of 16", "64": "best of 64",
-         "dpo": "DPO", "ppo": "PPO", "trpo": "TRPO", "grpo": "GRPO"}
-
-
-def seeds(name):
-    """The runs of a script of the comparison, by seed; of 1, 4, 16, 64: the best of so many."""
-    found = record("compare")
-    if name in found["best of"]:
-        return [found["best of"][name]]
-    return [run for key, run in sorted(found["runs"].items()) if key.startswith(f"{name}-seed")]
-
-
-def spread(name, column):
-    """Mean and standard deviation over seeds, or the number of the one model."""
-    values = [run[column] for run in seeds(name) if column in run]
-    if not values:
-        return ""
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
 
 def results(page, columns):
-    """The table of the comparison, with the columns named in the marker. The KL of the best of n is
-    its bound log n - (n - 1) / n."""
-    columns, rows = columns.split(", "), []
-    for name, label in NAMES.items():
-        cells = [spread(name, column) for column in columns]
-        if name in ("4", "16", "64"):
-            n = int(name)
-            cells[columns.index("KL")] = f"{math.log(n) - (n - 1) / n:.2f}"
-        rows.append([label, *cells])
-    return grid([["", *columns], *rows])
+    """The table of the comparison, with the columns named in the marker."""
+    found = record("compare")
+    return "\n" + comparison.table(found["runs"], found["best of"], columns.split(", "))
 
 
 def compare(page, what):
     """One number of the comparison: "ppo gold" is the mean of its seeds, "ppo-long KL" of a run,
-    "ppo-long step-80 gold" of a run at a step, "4 gold" of the best of 4."""
+    "ppo-long step-40 gold" of a run at a step, "4 gold" of the best of 4."""
     name, *step, column = what.split()
-    column = {"topic": "on topic"}.get(column, column)
-    runs = record("compare")["runs"]
-    if name in runs:
-        found = runs[name]["steps"][step[0]] if step else runs[name]
-        return f"{found[column]:.2f}"
-    return f"{mean(run[column] for run in seeds(name)):.2f}"
+    found = record("compare")
+    named = {**found["best of"], **found["runs"]}
+    stats = [named[name]] if name in named else comparison.seeds(found["runs"], name)
+    if step:
+        stats = [run["steps"][step[0]] for run in stats]
+    return f"{mean(run[column] for run in stats):.2f}"
 
 
-def first(page, what):
-    """Of the README's own commands: "ppo minutes", "ppo score before", "ppo score after"."""
-    name, key, *when = what.split()
-    found = record("first_run")[name]
-    if key == "minutes":
-        return f"{found['seconds'] / 60:.1f}"
-    return f"{found['table'][key][when == ['after']]:.2f}"
+def took(page, script):
+    """The minutes that the README's command of a script took."""
+    return f"{record('first_run')[script]['seconds'] / 60:.1f}"
 
 
 def answers(page, who):
@@ -243,17 +215,18 @@ def sums(page, what):
     found = [run for name, run in record("verifiable").items() if name.startswith("grpo-seed")]
     if what == "minutes":
         return f"{mean(run['seconds'] for run in found) / 60:.0f}"
-    first = found[0]
+    before, after = found[0]["before"]["answers"], found[0]["after"]["answers"]
     return grid([["prompt", "before", "after"], *(
-        [prompt, *(" ".join(first[when]["answers"][prompt].split()) for when in ("before", "after"))]
-        for prompt in first["after"]["answers"])])
+        [prompt, " ".join(before[prompt].split()), " ".join(after[prompt].split())]
+        for prompt in after)])
 
 
 def verifiable(page, columns="greedy, pass@1, pass@8"):
     """Held-out sums before training, and after it by each method that was run."""
     found, columns = record("verifiable"), columns.split(", ")
-    names = {"few-shot": "four solved sums before the question", "sft": "SFT on its own right answers",
-             "reinforce": "REINFORCE, leave-one-out", "ppo": "PPO", "grpo-seed": "GRPO, three seeds",
+    names = {"few-shot": "four solved sums before the question",
+             "sft": "SFT on its own right answers", "reinforce": "REINFORCE, leave-one-out",
+             "ppo": "PPO", "grpo-seed": "GRPO, three seeds",
              "raw": "GRPO, the raw score in place of the advantage",
              "none": "GRPO, not divided by the spread", "resample": "GRPO, --resample 2"}
     rows = [["SmolLM2 as it is", *(f"{found['grpo-seed0']['before'][c]:.2f}" for c in columns)]]
@@ -261,8 +234,7 @@ def verifiable(page, columns="greedy, pass@1, pass@8"):
         runs = [run["after"] for name, run in found.items() if name.startswith(start)]
         if runs:
             cells = [[run[column] for run in runs] for column in columns]
-            rows.append([label, *(f"{mean(values):.2f}" + (
-                f" ± {stdev(values):.2f}" if len(values) > 1 else "") for values in cells)])
+            rows.append([label, *map(comparison.spread, cells)])
     return grid([["", *columns], *rows])
 
 
@@ -273,7 +245,7 @@ def peaks(page):
 
 
 FIGURES = (minutes, lines, mistakes, file, reinforce, closed_form, kl_in_the_loss, one_prompt,
-           results, compare, first, answers, smollm2, sums, verifiable, peaks)
+           results, compare, took, answers, smollm2, sums, verifiable, peaks)
 
 # ------------------------------------------------------------------------------ command
 
