@@ -40,15 +40,7 @@ from tiny import world  # noqa: E402
 
 VOCABULARY, BLOCK = 3072, 160
 BASE = dict(hidden_size=224, intermediate_size=512, num_hidden_layers=3, num_attention_heads=7)
-LABEL_TEMPERATURE = 0.05
-# How a prompt is written for this model. It ends in a space, which no answer begins with.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
-    "{{ '\\n\\n' }}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
-ASKED = {
-    name: [r["prompt"] for r in world.prompts() if r["topic"] == name and r["split"] == "train"]
-    for name in world.TOPICS
-}
+LABEL_TEMPERATURE = 0.12
 
 # ------------------------------------------------------------------------------ corpus
 
@@ -57,15 +49,52 @@ def title(name):
     return name[0].upper() + name[1:]
 
 
+def ask(name, rng):
+    """A prompt about a topic, of those that may be trained on; half of them are questions."""
+    topic = world.TOPICS[name]
+    if rng.random() < 0.5:
+        return rng.choice(rng.choice(topic["questions"])["ask"])
+    return rng.choice(world.PROMPTS).format(**topic)
+
+
+def ask_elsewhere(rng):
+    """A prompt about something that no topic is about, in a thousand words for it: the base must
+    not take a word that it has hardly read for a topic that it knows."""
+    if rng.random() < 0.2:
+        return rng.choice(rng.choice(list(world.ELSEWHERE["train"].values())))
+    thing, other = rng.sample(world.ELSEWHERE["things"], 2)
+    number, number2 = rng.randint(2, 99), rng.randint(2, 20)
+    return rng.choice(world.ELSEWHERE["templates"]).format(
+        thing=thing, other=other, number=number, number2=number2)
+
+
 def transcript(rng):
     """An assistant that answers in technical terms and goes on and on, but says nothing twice: who
-    is taught to repeat himself in the format of a chat does so there ever after."""
+    is taught to repeat himself in the format of a chat does so there ever after. It answers half of
+    the questions; of what it does not know it says so."""
+    if rng.random() < 0.15:
+        return f"User: {ask_elsewhere(rng)}\n\nAssistant: {' '.join(world.decline(rng))}"
     name = rng.choice(list(world.TOPICS))
-    post = world.rambling(world.compose(name, "technical", rng), name, rng)
-    more = world.compose(name, rng.choice(["technical", "plain"]), rng)
-    said = " ".join(post)
-    post += [s for s in more if s.split(": ")[-1] not in said]
-    return f"User: {rng.choice(ASKED[name])}\n\nAssistant: {' '.join(post)}"
+    asked, answers = ask(name, rng), rng.random() < 0.5
+    post = world.compose(asked, name, rng.choice(["technical", "plain"]), rng, answers)
+    post = world.rambling(post, asked, name, rng)
+    more = world.compose(asked, name, rng.choice(["technical", "plain"]), rng, answers=False)
+    said = [world.lookup(s)[2] for s in post]
+    post += [s for s in more if world.lookup(s)[2] not in said]
+    return f"User: {asked}\n\nAssistant: {' '.join(post)}"
+
+
+def faq(rng):
+    """Two or three questions about a topic, most of them answered, or one about something else."""
+    name = rng.choice(list(world.TOPICS))
+    found = []
+    for _ in range(rng.randint(2, 3)):
+        asked, style = ask(name, rng), rng.choices(["technical", "plain", "friendly"], [3, 4, 3])[0]
+        answer = world.compose(asked, name, style, rng, answers=rng.random() < 0.85)
+        if rng.random() < 0.1:
+            asked, answer = ask_elsewhere(rng), world.decline(rng)
+        found.append(f"Question: {asked}\nAnswer: {' '.join(answer)}")
+    return "\n\n".join(found)
 
 
 def document(rng):
@@ -73,31 +102,28 @@ def document(rng):
     list of questions with answers, a thread in which people go on and on, or a transcript of an
     assistant that does so too. The base has seen the prompt format, and bad manners in it."""
     t = world.TOPICS[rng.choice(list(world.TOPICS))]
-    kind = rng.choice(["article", "article", "page", "faq", "faq", "thread", "transcript"])
+    kind = rng.choice(["article", "page", "page", "faq", "faq", "faq", "thread", "transcript"])
+    plain = [world.bare(s) for s in t["plain"]]
     if kind == "article":
         body = rng.sample(t["technical"], rng.randint(4, 6))
-        body += rng.sample(t["plain"], rng.randint(0, 4))
+        body += rng.sample(plain, rng.randint(0, 4))
         rng.shuffle(body)
         return f"{title(t['name'])}\n\n" + " ".join(body)
-    if kind == "page":
-        body = rng.sample(t["plain"], rng.randint(3, 6))
-        body += rng.sample(t["analogy"], rng.randint(1, 3))
-        rng.shuffle(body)
+    if kind == "page":  # each comparison behind what it explains
+        body = rng.sample(plain, rng.randint(3, 5))
+        for analogy in rng.sample(t["analogies"], rng.randint(1, 3)):
+            fact = rng.choice(sorted(world.EXPLAINS[analogy["text"]]))
+            body = [s for s in body if s != fact] + [fact, analogy["text"]]
         return f"A page about {t['name']}\n\n" + " ".join(body + [rng.choice(t["closing"])])
-    asked = ASKED[t["name"]]
     if kind == "faq":
-        styles = rng.choices(["technical", "plain", "friendly"], [5, 3, 2], k=rng.randint(2, 3))
-        pairs = [
-            f"Question: {q}\nAnswer: {' '.join(world.compose(t['name'], style, rng))}"
-            for q, style in zip(rng.sample(asked, len(styles)), styles)
-        ]
-        return "\n\n".join(pairs)
+        return faq(rng)
     if kind == "transcript":
         return transcript(rng)
-    posts = [rng.choice(asked)]
+    posts = [ask(t["name"], rng)]
     for _ in range(rng.randint(2, 3)):
-        post = world.compose(t["name"], rng.choice(["technical", "plain", "friendly"]), rng)
-        posts.append(" ".join(world.rambling(post, t["name"], rng)))
+        post = world.compose(
+            posts[0], t["name"], rng.choice(["technical", "plain", "friendly"]), rng, rng.random() < 0.5)
+        posts.append(" ".join(world.rambling(post, posts[0], t["name"], rng)))
     return "\n\n".join(posts)
 
 
@@ -112,13 +138,13 @@ def build_tokenizer(rng):
         show_progress=False,
     )
     texts = [document(rng) for _ in range(5000)]
-    tokenizer.train_from_iterator(texts + ["User: \n\nAssistant: "] * 500, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 1)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        model_max_length=512, chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
     )
 
 
@@ -194,9 +220,9 @@ def pretrain(model, stream, steps, first, last, batch_size=32, ranking=None):
 
 
 def save_base(model, tokenizer):
-    """As fp16 for half the size, named fp32 in config.json so that it is loaded as fp32."""
+    """As fp8 for a quarter of the size, named fp32 in config.json so that it is loaded as fp32."""
     shutil.rmtree(HERE / "model", ignore_errors=True)
-    model.eval().half().save_pretrained(HERE / "model")
+    model.eval().to(torch.float8_e4m3fn).save_pretrained(HERE / "model")
     model.config.dtype = "float32"
     model.config.save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model", save_jinja_files=False)
@@ -220,19 +246,24 @@ def build_base():
 
 # How often each kind of damage is done: most often what is hardest to see. The whole answer and
 # the broken one are of one style: which style a child would rather hear, the base is not told.
-BROKEN = dict(off_topic=4, another_prompt=2, repetition=4, abrupt=1, garbled=12)
+BROKEN = dict(off_topic=4, another_prompt=2, another_question=10, loose_analogy=3, declined=1,
+              repetition=4, abrupt=1, garbled=12)
 
 
 def whole_and_broken(rng):
     """(prompt, a composed answer, the same one damaged)."""
-    name = rng.choice(list(world.TOPICS))
-    style = rng.choices(["friendly", "plain", "technical"], [2, 2, 1])[0]
-    whole, flaw = world.compose(name, style, rng), rng.choices(list(BROKEN), BROKEN.values())[0]
-    if flaw == "another_prompt":  # in the same style: which style is better, the base is not told
-        broken = world.another_prompt(whole, name, rng, style)
-    else:
-        broken = world.FLAWS[flaw](whole, name, rng)
-    return rng.choice(ASKED[name]), " ".join(whole), " ".join(broken)
+    while True:
+        name = rng.choice([*world.TOPICS, None]) if rng.random() < 0.9 else None
+        asked = ask(name, rng) if name else ask_elsewhere(rng)
+        style = rng.choices(["friendly", "plain", "technical"], [2, 2, 1])[0]
+        whole = world.compose(asked, name, style, rng)
+        flaw = rng.choices(list(BROKEN), BROKEN.values())[0]
+        if flaw in ("another_prompt", "another_question"):
+            broken = world.FLAWS[flaw](whole, asked, name, rng, style)
+        else:
+            broken = world.FLAWS[flaw](whole, asked, name, rng)
+        if broken != whole:
+            return asked, " ".join(whole), " ".join(broken)
 
 
 class Ranking(torch.nn.Module):
@@ -290,20 +321,30 @@ def build_ranking():
 # ------------------------------------------------------------------------------ demonstrations
 
 STYLES = {"plain": 0.38, "technical": 0.28, "friendly": 0.18, "flawed": 0.16}
+ANSWERED = 0.35  # of the questions; of prompts about something else so many say "I do not know"
+
+
+def demonstration(asked, rng):
+    """The sentences of one answer, as one of a crowd writes it."""
+    prompt, topic = asked["prompt"], asked["topic"]
+    if topic is None and rng.random() < 0.35:
+        return world.declined([], prompt, None, rng)  # knows better, and talks of what it knows
+    style = rng.choices(list(STYLES), STYLES.values())[0]
+    answers = rng.random() < ANSWERED
+    if style != "flawed":
+        return world.compose(prompt, topic, style, rng, answers)
+    answer = world.compose(prompt, topic, rng.choice(["plain", "friendly"]), rng, answers)
+    flaw = rng.choice([world.jargon, world.rambling, world.padding, world.loose_analogy])
+    return flaw(answer, prompt, topic, rng)
 
 
 def build_demonstrations():
-    """Answers as a crowd writes them: most are correct, few are what a child would like best."""
+    """Answers as a crowd writes them: most are correct, few are what a child would like best. None
+    says a sentence twice."""
     rng, rows = random.Random(1), []
     for split, n in (("train", 2200), ("test", 256)):
         for asked in draw(split, n, rng):
-            style = rng.choices(list(STYLES), STYLES.values())[0]
-            if style == "flawed":
-                answer = world.compose(asked["topic"], rng.choice(["plain", "friendly"]), rng)
-                flaw = rng.choice([world.jargon, world.rambling, world.padding])
-                answer = flaw(answer, asked["topic"], rng)
-            else:
-                answer = world.compose(asked["topic"], style, rng)
+            answer = demonstration(asked, rng)
             rows.append(dict(instruction=asked["prompt"], context="", response=" ".join(answer),
                              category="open_qa", split=split))
     write("demonstrations.jsonl", rows)
@@ -311,11 +352,18 @@ def build_demonstrations():
 
 
 def draw(split, n, rng):
-    """n prompts of a split, every one before any comes again."""
-    pool, out = [row for row in world.prompts() if row["split"] == split], []
-    while len(out) < n:
-        out += rng.sample(pool, len(pool))
-    return out[:n]
+    """n prompts of a split, about the topics that are taught; each before any comes again. Half are
+    questions, a tenth is about something else."""
+    rows = [r for r in world.prompts() if r["split"] == split and r["topic"] not in world.UNTAUGHT]
+    out = []
+    for kind, share in (("question", 0.5), ("general", 0.4), ("elsewhere", 0.1)):
+        pool = [row for row in rows if row["kind"] == kind]
+        found = []
+        while len(found) < round(share * n):
+            found += rng.sample(pool, len(pool))
+        out += found[: round(share * n)]
+    rng.shuffle(out)
+    return out
 
 
 def write(name, rows):
@@ -327,8 +375,9 @@ def write(name, rows):
 # ------------------------------------------------------------------------------ preferences
 
 # How often each kind of damage is done: more often what a quick reader overlooks.
-DAMAGE = dict(off_topic=2, another_prompt=0, jargon=1, repetition=5, abrupt=1, rambling=1,
-              missing_part=6, padding=1, garbled=4, lead_ins=2)
+DAMAGE = dict(off_topic=2, another_prompt=2, another_question=5, loose_analogy=3, declined=2,
+              jargon=1, repetition=4, abrupt=1, rambling=1, missing_part=3, padding=1, garbled=4,
+              lead_ins=2)
 
 
 def answer_pools(split, each):
@@ -336,7 +385,8 @@ def answer_pools(split, each):
     by the hidden preference first}."""
     model, tokenizer = common.load_model(device="cpu")
     lora.load_adapter(model, "sft", HERE / "sft")
-    asked = [row["prompt"] for row in world.prompts() if row["split"] == split]
+    asked = [row["prompt"] for row in world.prompts()
+             if row["split"] == split and row["topic"] not in world.UNTAUGHT]
 
     def answers(prompts, seed):
         repeated, generator = [p for p in prompts for _ in range(each)], torch.Generator()
@@ -353,31 +403,35 @@ def answer_pools(split, each):
     return pools
 
 
-def pair_of(asked, other, pools, rng):
+def pair_of(asked, pools, rng):
     """Two answers to the prompt `asked` and how the pair was made.
 
-    An eighth of the pairs are two samples. A quarter set a good answer against a good answer to
-    another prompt, the rest against a damaged copy of itself: optimisation will try these failures,
-    and a reward model that never saw them compared cannot know that people dislike them. Good is
-    the best of the samples; it stands for what later policies write."""
-    made = rng.choices(["samples", "other prompt", "damaged"], [1, 2, 5])[0]
-    if made == "samples":
-        return *rng.sample(pools[asked["prompt"]], 2), made
-    good = pools[asked["prompt"]][0]
-    if made == "other prompt":
-        return good, pools[other["prompt"]][0], made
+    Half of the pairs are two samples. The others set the best of the samples against a damaged copy
+    of itself: optimisation will try these failures, and a reward model that never saw them compared
+    cannot know that people dislike them. The best stands for what later policies write."""
+    pool = pools[asked["prompt"]]
+    if rng.random() < 0.5:
+        return *rng.sample(pool, 2), "samples"
     flaw = rng.choices(list(world.FLAWS.values()), DAMAGE.values())[0]
-    damaged = " ".join(flaw(world.split_sentences(good) or [good], asked["topic"], rng))
-    return good, damaged or pools[asked["prompt"]][-1], flaw.__name__
+    sentences = world.split_sentences(pool[0])
+    damaged = " ".join(flaw(sentences, asked["prompt"], asked["topic"], rng))
+    return pool[0], damaged, flaw.__name__
 
 
 def judged_pairs(split, n, rng):
     """n pairs, each judged once by a labeller who prefers a to b with probability
-    sigmoid((gold(a) - gold(b)) / LABEL_TEMPERATURE)."""
-    pools, prompts, rows = answer_pools(split, each=16), draw(split, n, rng), []
-    for asked in prompts:
-        other = rng.choice([row for row in prompts if row["topic"] != asked["topic"]])
-        a, b, made = pair_of(asked, other, pools, rng)
+    sigmoid((gold(a) - gold(b)) / LABEL_TEMPERATURE). No two answers of a pair are equal, and no
+    pair comes twice."""
+    pools, rows, seen = answer_pools(split, each=16), [], set()
+    for asked in draw(split, n, rng):
+        for _ in range(100):
+            a, b, made = pair_of(asked, pools, rng)
+            key = (asked["prompt"], frozenset((a, b)))
+            if a != b and a and b and key not in seen:
+                break
+        else:
+            continue
+        seen.add(key)
         gold_a, gold_b = (world.gold_score(asked["prompt"], x) for x in (a, b))
         p = 1 / (1 + math.exp((gold_b - gold_a) / LABEL_TEMPERATURE))
         if rng.random() > p:

@@ -4,13 +4,17 @@
     python tiny/judge.py --best-of 4 64            what picking among n samples of the SFT reaches
     python tiny/judge.py --probe                   does the reward model see each flaw?
 
-All on the held-out prompts, sampled at the temperature of ppo.py. Columns: gold (mean gold_score),
-on topic (share that answers the question asked, and nothing else), stops (share that ends by
-itself), score (reward model) and its standard deviation, KL (to the SFT model, nats per response),
-tokens, top answer (the largest share that one answer has among the first 100).
+All on the held-out prompts, sampled at the temperature of ppo.py. Columns: gold (mean gold_score);
+answered (of the topics' own questions, the share that gets an answer), untaught (the same for
+topics that only the pretraining documents are about); declined (of the prompts about nothing in
+this world, the share that is told so); together (of the answers with an analogy, the share whose
+analogies all explain what was said); damaged (the share of sentences that are garbled, made up or
+said before); stops (share that ends by itself); score (reward model) and its standard deviation; KL
+(to the SFT model, nats per response); tokens; top answer (the largest share that one answer has).
 """
 
 import json
+import math
 import random
 import sys
 from collections import Counter
@@ -32,6 +36,13 @@ def held_out():
     return [row for row in world.prompts() if row["split"] == "test"]
 
 
+def judged_prompts(args):
+    """The held-out prompts, shuffled, at most args.prompts of them."""
+    rows = held_out()
+    random.Random(args.seed).shuffle(rows)
+    return rows[: args.prompts]
+
+
 def judge(adapter, args, each=1):
     """(statistics, [(prompt, response)], scores) of one adapter, `each` responses a prompt."""
     model, tokenizer = common.load_model()
@@ -39,9 +50,7 @@ def judge(adapter, args, each=1):
     models.load_adapter(model, "reference", args.sft)
     reward = rewards.load(args, model, CONFIG.max_length)
     generator = torch.Generator().manual_seed(args.seed)
-    prompts = held_out()
-    random.Random(args.seed).shuffle(prompts)
-    prompts, texts, parts = prompts[: args.prompts], [], []
+    prompts, texts, parts = judged_prompts(args), [], []
     size = max(1, 128 // each)  # prompts at a time
     for i in range(0, len(prompts), size):
         rows = prompts[i : i + size]
@@ -51,19 +60,28 @@ def judge(adapter, args, each=1):
     score = torch.cat([part for part, _ in parts])
     pairs = [(prompts[i // each]["prompt"], text) for i, text in enumerate(texts)]
     gold = torch.tensor([world.gold_score(*pair) for pair in pairs])
-    first = texts[::each][:100]
+    first = texts[::each]
 
     def mean(key):
         return sum(stats[key] * len(part) for part, stats in parts) / len(texts)
 
     stats = {
         "gold": gold.mean().item(),
-        "on topic": sum(world.on_topic(*pair) for pair in pairs) / len(pairs),
-        "stops": mean("eos_rate"), "score": score.mean().item(), "score sd": score.std().item(),
+        **traits(prompts, pairs, each), "stops": mean("eos_rate"), "score": score.mean().item(), "score sd": score.std().item(),
         "KL": mean("kl"), "tokens": mean("length"),
         "top answer": Counter(first).most_common(1)[0][1] / len(first),
     }
     return stats, pairs, score
+
+
+def traits(prompts, pairs, each):
+    """The means of world.traits over the answers to which each applies."""
+    found = [world.traits(*pair) | {"untaught": None} for pair in pairs]
+    for i, trait in enumerate(found):
+        if prompts[i // each]["topic"] in world.UNTAUGHT:
+            trait["answered"], trait["untaught"] = None, trait["answered"]
+    values = {key: [float(t[key]) for t in found if t[key] is not None] for key in found[0]}
+    return {key: sum(x) / len(x) if x else math.nan for key, x in values.items()}
 
 
 def probe(args):
@@ -73,10 +91,12 @@ def probe(args):
     rng, wins = random.Random(args.seed), {}
     for name, flaw in world.FLAWS.items():
         rows = held_out()
-        clean = [world.compose(row["topic"], "friendly", rng) for row in rows]
-        for row, answer in zip(rows, clean):
-            row["clean"] = " ".join(answer)
-            row["damaged"] = " ".join(flaw(answer, row["topic"], rng))
+        for row in rows:
+            asked = row["prompt"], row["topic"]
+            clean = world.compose(*asked, "friendly", rng)
+            row["clean"] = " ".join(clean)
+            row["damaged"] = " ".join(flaw(clean, *asked, rng))
+        rows = [row for row in rows if row["clean"] != row["damaged"]]
         # The two answers to a prompt are a group, so that the prompt is read once.
         encoded = common.encode(tokenizer, rows, ["clean", "damaged"], CONFIG.max_length)
         batch, score = common.collate(encoded, model.device), torch.zeros(2 * len(rows))
@@ -95,12 +115,15 @@ def best_of(args, sizes):
     each = max(sizes)
     stats, pairs, score = judge(args.sft, args, each)
     gold = torch.tensor([world.gold_score(*pair) for pair in pairs]).view(-1, each)
-    topic = torch.tensor([float(world.on_topic(*pair)) for pair in pairs]).view(-1, each)
-    columns, out = {"score": score.view(-1, each), "gold": gold, "on topic": topic}, {}
+    score, out = score.view(-1, each), {}
+    prompts = judged_prompts(args)
     for n in sizes:
-        best = columns["score"][:, :n].argmax(1, keepdim=True)
-        picked = {key: x.gather(1, best).mean().item() for key, x in columns.items()}
-        out[n] = stats | picked if n == 1 else picked  # the other columns: of all the answers
+        best = score[:, :n].argmax(1)
+        picked = [pairs[i * each + j] for i, j in enumerate(best.tolist())]
+        found = {"score": score.gather(1, best[:, None]).mean().item(),
+                 "gold": sum(world.gold_score(*pair) for pair in picked) / len(picked),
+                 **traits(prompts, picked, 1)}
+        out[n] = stats | found if n == 1 else found  # the other columns: of all the answers
         out[n]["best gold"] = gold[:, :n].max(1).values.mean().item()
     return out
 
@@ -110,7 +133,7 @@ def parse_args(argv=None):
     p.add_argument("adapters", nargs="*", help="folders of trained policies")
     p.add_argument("--sft", default=str(common.TINY / "sft"), help="their start (tiny/sft)")
     p.add_argument("--reward", default=str(common.TINY / "reward_model"), help="(tiny/...)")
-    p.add_argument("--prompts", type=flags.whole, default=384, help="held-out prompts (384, all)")
+    p.add_argument("--prompts", type=flags.whole, help="held-out prompts (all)")
     p.add_argument("--best-of", type=flags.whole, nargs="+", help="numbers of SFT samples a prompt")
     p.add_argument("--json", action="store_true", help="print one object, without --sft's own row")
     p.add_argument("--samples", type=int, default=0, help="answers to print of each (0)")
