@@ -51,10 +51,9 @@ def title(name):
 
 def ask(name, rng):
     """A prompt about a topic, of those that may be trained on; half of them are questions."""
-    topic = world.TOPICS[name]
     if rng.random() < 0.5:
-        return rng.choice(rng.choice(topic["questions"])["ask"])
-    return rng.choice(world.PROMPTS).format(**topic)
+        return rng.choice(rng.choice(world.TOPICS[name]["questions"])["ask"])
+    return rng.choice(world.general_prompts(name)[0])
 
 
 def ask_elsewhere(rng):

@@ -75,6 +75,13 @@ HELD_OUT_PROMPTS = [
 # ------------------------------------------------------------------------------ prompts
 
 
+def general_prompts(name):
+    """(those to train on, those held out) of the general prompts about a topic."""
+    train = [p.format(**TOPICS[name]) for p in PROMPTS]
+    test = [p.format(**TOPICS[name]) for p in HELD_OUT_PROMPTS]
+    return train, [*test, train.pop(list(TOPICS).index(name) % len(PROMPTS))]
+
+
 def prompts():
     """[{prompt, kind, topic, split}]. kind: "question" (one of a topic's own), "general" (tell me
     about it) or "elsewhere" (topic None). split "test": of each question a wording that nothing is
@@ -82,10 +89,8 @@ def prompts():
     of elsewhere whole kinds of prompts. None of the topics in UNTAUGHT has a
     prompt in "train"."""
     rows = []
-    for i, (name, topic) in enumerate(TOPICS.items()):
-        general = [p.format(**topic) for p in PROMPTS]
-        held_out = [p.format(**topic) for p in HELD_OUT_PROMPTS]
-        held_out.append(general.pop(i % len(PROMPTS)))
+    for name, topic in TOPICS.items():
+        general, held_out = general_prompts(name)
         found = {("general", "train"): general, ("general", "test"): held_out,
                  ("question", "train"): [p for q in topic["questions"] for p in q["ask"]],
                  ("question", "test"): [q["held_out"] for q in topic["questions"]]}
@@ -99,8 +104,14 @@ def prompts():
     return rows
 
 
+QUESTIONS = {wording: (name, q["answers"]) for name, t in TOPICS.items() for q in t["questions"]
+             for wording in [*q["ask"], q["held_out"]]}
+
+
 def topic_of(prompt):
-    """The topic whose longest keyword stands in `prompt`, or None."""
+    """The topic whose question `prompt` is, or whose longest keyword stands in it, or None."""
+    if prompt in QUESTIONS:
+        return QUESTIONS[prompt][0]
     text = prompt.lower()
     found = [
         (len(keyword), name)
@@ -111,13 +122,9 @@ def topic_of(prompt):
     return max(found)[1] if found else None
 
 
-QUESTIONS = {wording: q for t in TOPICS.values() for q in t["questions"]
-             for wording in [*q["ask"], q["held_out"]]}
-
-
 def answers_to(prompt):
     """The sentences that answer `prompt`, if it is one of the questions; else none."""
-    return QUESTIONS[prompt]["answers"] if prompt in QUESTIONS else []
+    return QUESTIONS[prompt][1] if prompt in QUESTIONS else []
 
 
 # ------------------------------------------------------------------------------ grammar
@@ -163,7 +170,7 @@ def compose(prompt, topic, style, rng, answers=True):
         body.append(rng.choice(
             [a["text"] for a in t["analogies"] if bare(body[0]) in EXPLAINS[a["text"]]]))
         more = [s for s in others if s not in body]
-        body += rng.sample(more, rng.choice([0, 0, 1, 1, 2]))
+        body += rng.sample(more, rng.choice([0, 0, 1]))
     if rng.random() < 0.2:
         i = rng.randrange(len(body))
         body[i] = lead_in(body[i], lookup(body[i])[0], rng)
@@ -389,8 +396,8 @@ def gold_score(prompt, response):
         faults *= 0.6 if lead and leads > 1 else 1.0
         faults *= 0.7 if i >= 6 else 1.0
     kinds = [kind for kind, about, _, _ in found if about in (None, topic)]
-    if topic is None:
-        return (0.7 * ("decline" in kinds) + 0.3 * (kinds[-1:] == ["offer"])) * faults
+    if topic is None and found:
+        return (0.7 * ("decline" in kinds) + 0.3 * (found[-1][0] == "offer")) * faults
     facts = kinds.count("plain") + 0.5 * kinds.count("technical")
     answers = bool(listed & told) if listed else min(1.0, facts)
     compares = any(k == "analogy" and EXPLAINS[text] & told for k, _, text, _ in found)
