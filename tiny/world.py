@@ -108,17 +108,17 @@ QUESTIONS = {wording: (name, q["answers"]) for name, t in TOPICS.items() for q i
              for wording in [*q["ask"], q["held_out"]]}
 
 
+KEYWORDS = [(word, re.compile(rf"\b{re.escape(word)}\b"), name)
+            for name, topic in TOPICS.items() for word in topic["keywords"]]
+
+
 def topic_of(prompt):
     """The topic whose question `prompt` is, or whose longest keyword stands in it, or None."""
     if prompt in QUESTIONS:
         return QUESTIONS[prompt][0]
     text = prompt.lower()
-    found = [
-        (len(keyword), name)
-        for name, topic in TOPICS.items()
-        for keyword in topic["keywords"]
-        if re.search(rf"\b{re.escape(keyword)}\b", text)
-    ]
+    found = [(len(word), name) for word, pattern, name in KEYWORDS
+             if word in text and pattern.search(text)]
     return max(found)[1] if found else None
 
 
