@@ -6,7 +6,8 @@
 
 All start from tiny/sft and look at 1600 answers, in 200 steps of 8, dpo at as many labelled pairs.
 Three seeds with otherwise default flags, seed 0 with another --beta, and one PPO run without a KL
-penalty that goes on for too long.
+penalty that goes on for too long. Beside them stands what a sceptic asks for: SFT on good
+demonstrations alone, which are friendly and answer what they are asked.
 Every policy is judged from outside by tiny/judge.py, on held-out prompts: by the reward model it
 was trained on (score) and by the hidden preference it never saw (gold).
 
@@ -32,14 +33,17 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tiny import build  # noqa: E402
+
 SCRIPTS = ("dpo", "ppo", "trpo", "grpo")
 ANOTHER_BETA = {"trpo": 0.0, "ppo": 0.0, "grpo": 0.0, "dpo": 0.1}  # those that take longest first
-COLUMNS = ("score", "gold", "KL", "on topic", "stops", "tokens")
+COLUMNS = ("score", "gold", "KL", "answered", "untaught", "declined", "together", "damaged",
+           "top answer", "stops", "tokens")
 BEST_OF = (1, 4, 16, 64)
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def plan(args):
+def plan(args, folder):
     """{name: command line} of all training runs, the longest first: no core waits at the end."""
     steps, seeds = (14, (0,)) if args.quick else (200, (0, 1, 2))
     runs = {"ppo-long": ["ppo.py", "--beta", "0", "--steps", str(2 * steps),
@@ -49,6 +53,9 @@ def plan(args):
         runs |= {f"{script}-seed{seed}": [*same, "--seed", str(seed)] for seed in seeds}
         if not args.quick:
             runs[f"{script}-beta{beta:g}"] = [*same, "--beta", str(beta)]
+    good = folder / "good.jsonl"
+    good.write_text("".join(json.dumps(row) + "\n" for row in build.good_demonstrations()))
+    runs["sft-good"] = ["sft.py", "--data", os.path.relpath(good, ROOT)]
     return runs
 
 
@@ -120,6 +127,8 @@ def table(results, best, columns=COLUMNS):
         stats = {**stats, "KL": math.log(n) - (n - 1) / n}
         rows.append(("SFT" if n == 1 else f"best of {n}",
                      *(f"{stats[c]:.2f}" if c in stats else "" for c in columns)))
+    if "sft-good" in results:
+        rows.append(("SFT on good answers", *(f"{results['sft-good'][c]:.2f}" for c in columns)))
     for script in SCRIPTS:
         if found := seeds(results, script):
             rows.append((script.upper(), *(spread([r[c] for r in found]) for c in columns)))
@@ -142,7 +151,7 @@ def main(argv=None):
     args = parse_args(argv)
     folder = ROOT / "runs" / ("quick" if args.quick else "compare")
     folder.mkdir(parents=True, exist_ok=True)
-    runs, prompts = plan(args), 32 if args.quick else 192
+    runs, prompts = plan(args, folder), 32 if args.quick else 384
     if args.table:
         runs = {name: argv for name, argv in runs.items()
                 if is_there(folder / f"{name}.json", origin(*argv))}
@@ -150,7 +159,7 @@ def main(argv=None):
             raise SystemExit(f"error: no run of this tiny/ in {folder}; "
                              "docs/choosing.md has a table")
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(best_of, folder, 8 if args.quick else prompts)]
+        jobs = [pool.submit(best_of, folder, 8 if args.quick else prompts // 2)]
         jobs += [pool.submit(train, n, argv, folder, prompts) for n, argv in runs.items()]
         best, *_ = [job.result() for job in tqdm(jobs)]
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name in runs}

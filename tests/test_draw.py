@@ -229,7 +229,7 @@ def test_curves_are_means_over_stretches_of_the_runs(draw, tmp_path, monkeypatch
 @pytest.mark.parametrize("argv, answers", [([], 1600), (["--quick"], 112)])
 def test_runs_of_the_comparison_differ_from_the_defaults_in_what_it_says_they_do(argv, answers):
     """Each is a command line that its script takes, and looks at as many answers as the others."""
-    runs = compare.plan(compare.parse_args(argv))
+    runs = compare.plan(compare.parse_args(argv), tmp_path)
     assert len(runs) == (17 if answers == 1600 else 5)
     for name, (file, *line) in runs.items():
         script = importlib.import_module(file.removesuffix(".py"))

@@ -92,13 +92,14 @@ def test_half_of_the_prompts_are_questions_and_a_tenth_is_about_something_else()
 
 
 def test_nothing_is_trained_on_that_is_held_out():
-    """Neither prompts, nor kinds of prompts about something else, nor the topics kept for the base."""
+    """Neither prompts, nor kinds of prompts about something else, nor the topics of the base."""
     train = [row for row in ROWS if row["split"] == "train"]
     assert not {row["topic"] for row in train} & set(world.UNTAUGHT)
     assert len(world.UNTAUGHT) == 8
     assert not set(world.ELSEWHERE["train"]) & set(world.ELSEWHERE["test"])
     rng, held_out = random.Random(0), {row["prompt"] for row in ROWS if row["split"] == "test"}
-    taught = {p for name in world.UNTAUGHT for q in world.TOPICS[name]["questions"] for p in q["ask"]}
+    untaught = [world.TOPICS[name]["questions"] for name in world.UNTAUGHT]
+    taught = {wording for questions in untaught for q in questions for wording in q["ask"]}
     for _ in range(3000):
         text = build.document(rng)
         asked = re.findall(r"(?:Question|User): (.*)", text)
@@ -181,8 +182,8 @@ def test_a_garbled_answer_has_one_or_two_sentences_that_nobody_wrote():
 
 
 def test_the_tokenizer_is_built_again_to_the_letter(tmp_path, monkeypatch):
-    """And what is around it in tiny/model; written twice, as both stages do. It has no chat template:
-    the base was trained on the plain turns of common.encode_prompt."""
+    """And what is around it in tiny/model; written twice, as both stages do. It has no chat
+    template: the base was trained on the plain turns of common.encode_prompt."""
     model, _ = build.load_base()
     monkeypatch.setattr(build, "HERE", tmp_path)
     build.save_base(model, build.build_tokenizer(random.Random(0)))
@@ -213,8 +214,8 @@ def test_the_base_reads_transcripts_as_the_scripts_encode_them(tokenizer):
 
 
 def test_the_base_ranks_whole_against_broken_and_is_told_nothing_of_taste():
-    """What is broken is about another topic, answers another question, or has a sentence that nobody
-    wrote, one twice, or a comparison that explains nothing; its style is the same."""
+    """What is broken is about another topic, answers another question, or has a sentence that
+    nobody wrote, one twice, or a comparison that explains nothing; its style is the same."""
     rng, held_out = random.Random(0), {r["prompt"] for r in ROWS if r["split"] == "test"}
     for _ in range(500):
         prompt, whole, broken = build.whole_and_broken(rng)
@@ -382,8 +383,8 @@ def every(prompt, *kinds):
 
 
 def one_answer_for_the_topic(prompt):
-    """The answer that a policy would learn which never reads the question: the best of the topic for
-    its first question, whatever was asked."""
+    """What a policy would learn that never reads the question: the best answer of the topic to its
+    first question, whatever was asked."""
     name = world.topic_of(prompt)
     first, second = (world.TOPICS[name]["questions"][i]["ask"][0] for i in (0, 1))
     shared = set(world.answers_to(prompt)) & set(world.answers_to(first))
@@ -525,8 +526,8 @@ def test_the_embedded_default_is_small_and_keeps_its_held_out_prompts_apart():
 
 
 def test_the_pairs_are_as_noisy_as_those_of_people():
-    """Half are two samples of the SFT model, the labeller agrees with gold in about nine of ten, and
-    no pair is there twice or of two equal answers."""
+    """Half are two samples of the SFT model, the labeller agrees with gold in about nine of ten,
+    and no pair is there twice or of two equal answers."""
     rows = rows_of("preferences.jsonl")
     assert 0.45 < mean(row["made"] == "samples" for row in rows) < 0.55
     pairs = [(row["prompt"], frozenset((row["chosen"], row["rejected"]))) for row in rows]

@@ -120,8 +120,8 @@ def document(rng):
         return transcript(rng)
     posts = [ask(t["name"], rng)]
     for _ in range(rng.randint(2, 3)):
-        post = world.compose(
-            posts[0], t["name"], rng.choice(["technical", "plain", "friendly"]), rng, rng.random() < 0.5)
+        style, answers = rng.choice(["technical", "plain", "friendly"]), rng.random() < 0.5
+        post = world.compose(posts[0], t["name"], style, rng, answers)
         posts.append(" ".join(world.rambling(post, posts[0], t["name"], rng)))
     return "\n\n".join(posts)
 
@@ -348,6 +348,14 @@ def build_demonstrations():
                              category="open_qa", split=split))
     write("demonstrations.jsonl", rows)
     write("prompts.jsonl", world.prompts())
+
+
+def good_demonstrations(n=2200):
+    """As many demonstrations as there are to train on, all of them what people would like best."""
+    rng = random.Random(2)
+    return [dict(instruction=asked["prompt"], split=split, response=" ".join(
+                world.compose(asked["prompt"], asked["topic"], "friendly", rng)))
+            for split, count in (("train", n), ("test", 256)) for asked in draw(split, count, rng)]
 
 
 def draw(split, n, rng):

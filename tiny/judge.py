@@ -67,7 +67,8 @@ def judge(adapter, args, each=1):
 
     stats = {
         "gold": gold.mean().item(),
-        **traits(prompts, pairs, each), "stops": mean("eos_rate"), "score": score.mean().item(), "score sd": score.std().item(),
+        **traits(prompts, pairs, each),
+        "stops": mean("eos_rate"), "score": score.mean().item(), "score sd": score.std().item(),
         "KL": mean("kl"), "tokens": mean("length"),
         "top answer": Counter(first).most_common(1)[0][1] / len(first),
     }

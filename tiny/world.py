@@ -365,7 +365,7 @@ def gold_score(prompt, response):
         0.3   offers, in its last sentence, a topic that it could talk about
     Faults, each multiplying the sum:
         0.3   a sentence about another topic; "I do not know" where the world knows
-        0.4   a sentence that is not in the world (made up, garbled, cut off, in odd case or spacing)
+        0.4   a sentence that is not in the world (made up, garbled, cut off, odd case or spacing)
         0.4   a sentence said before
         0.7   a technical sentence (jargon)
         0.7   an analogy for a fact that was not told
@@ -421,9 +421,10 @@ def traits(prompt, response):
     listed = set(map(bare, answers_to(prompt)))
     analogies = [EXPLAINS[text] for kind, _, text, _ in found if kind == "analogy"]
     bad = sum(kind == "unknown" or text in told[:i] for i, (kind, _, text, _) in enumerate(found))
+    says_so = "decline" in kinds and not set(kinds) & set(FACTS)
     return {
         "answered": bool(listed & set(told)) if listed else None,
-        "declined": None if topic_of(prompt) else "decline" in kinds and not set(kinds) & set(FACTS),
+        "declined": None if topic_of(prompt) else says_so,
         "together": all(facts & set(told) for facts in analogies) if analogies else None,
         "damaged": bad / max(1, len(found)),
     }
