@@ -333,9 +333,9 @@ def main(argv=None):
                       for part in (rows, test))
         reward = rewards.load(args, model, config.max_length) if args.reward else None
         make_models(model, config)
-        before = evaluate(model, tokenizer, test, reward, config)
-        log = runs.start(args, config, model, "policy", before)
-        train(model, tokenizer, rows, config, log)
+        before = runs.before(args) or evaluate(model, tokenizer, test, reward, config)
+        log, state = runs.start(args, config, model, "policy", before)
+        train(model, tokenizer, rows, config, log, state)
         after = evaluate(model, tokenizer, test, reward, config)
         runs.finish(args, config, model, "policy", before, after)
         runs.print_ceiling(test, after[0]["accuracy"])

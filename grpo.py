@@ -510,9 +510,9 @@ def main(argv=None):
         model, tokenizer, config = models.load(args, config, "policy", [*rows, *test])
         reward = rewards.load(args, model, config.max_length)
         make_models(model, reward, config)
-        before = evaluate(model, tokenizer, test, reward, config)
-        log = runs.start(args, config, model, "policy", before)
-        train(model, tokenizer, rows, reward, config, log)
+        before = runs.before(args) or evaluate(model, tokenizer, test, reward, config)
+        log, state = runs.start(args, config, model, "policy", before)
+        train(model, tokenizer, rows, reward, config, log, state)
         after = evaluate(model, tokenizer, test, reward, config)
         runs.finish(args, config, model, "policy", before, after)
 

@@ -224,8 +224,8 @@ def main(argv=None):
         model, tokenizer, config = models.load(args, config, "policy", test)
         rows, test = (data.that_fit(part, tokenizer, ["response"], config) for part in (rows, test))
         make_models(model, config)
-        before = evaluate(model, tokenizer, test, config)
-        write = runs.start(args, config, model, "policy", before)
+        before = runs.before(args) or evaluate(model, tokenizer, test, config)
+        write, state = runs.start(args, config, model, "policy", before)
         after = []
 
         def log(row, samples, state):
@@ -237,7 +237,8 @@ def main(argv=None):
                 row.update(after[0])
             write(row, samples, state)
 
-        train(model, tokenizer, rows, config, log)
+        train(model, tokenizer, rows, config, log, state)
+        after = after or evaluate(model, tokenizer, test, config)  # killed behind the last step
         runs.finish(args, config, model, "policy", before, after)
 
 

@@ -6,7 +6,10 @@ import importlib.util
 import inspect
 import math
 import re
+import json
+import signal
 import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -22,7 +25,8 @@ from cli import tasks
 DATA = {"sft": "demonstrations.jsonl", "reward_model": "preferences.jsonl",
         "dpo": "preferences.jsonl"}  # with --model tiny; all others: prompts.jsonl
 
-RUN = {"out": None}  # the folder of the run that goes on in this process
+# Of the run in this process: its folder, whether it takes steps, and whether it is to stop soon.
+RUN = {"out": None, "training": False, "stop": False}
 
 # ------------------------------------------------------------------------------ errors
 
@@ -36,7 +40,11 @@ def fail(message):
 @contextlib.contextmanager
 def errors():
     """Turns what a script, common or lora refuses into one line that begins with `error:`."""
-    RUN["out"] = None
+    RUN.update(out=None, training=False, stop=False)
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    if ours and before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except TemplateError as problem:
@@ -46,8 +54,19 @@ def errors():
         fail(problem)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # below the progress bar
-        kept = f"{RUN['out']} keeps what was written (adapters: --save-every, or at the end)"
-        fail(f"interrupted; {kept if RUN['out'] else 'nothing was written'}")
+        more = f"python {Path(sys.argv[0]).name} --resume {RUN['out']} goes on"
+        fail(f"interrupted; {more if RUN['out'] else 'nothing was written'}")
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def interrupt(number, frame):
+    """The first Ctrl-C lets a step end and saves; the second, or one between runs, ends at once."""
+    if not RUN["training"] or RUN["stop"]:
+        raise KeyboardInterrupt
+    RUN["stop"] = True
+    print("\nends after this step; Ctrl-C once more ends at once", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------ types
@@ -169,12 +188,15 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
         add("--reward", help="folder, hub id, file.py[:function], a task, or none: always 0 (tiny: "
             "tiny/reward_model)")
     add("--out", help=f"folder of the run (runs/{name}, or the next free runs/{name}-2 ...)")
+    add("--resume", help="folder of a run that goes on, with the flags of its config.json")
     add("--eval-size", type=whole, default=128, help="held-out rows to measure on (128)")
     add("--save-every", type=whole, help="steps between saved adapters (only at the end)")
     add("--grad-checkpoint", action="store_true", help="less memory, a third more time")
     add("--plot", action="store_true", help="draw curves.png from metrics.jsonl (matplotlib)")
     config_flags(p, Config, tiny)
     given = vars(p.parse_args(argv))
+    if given["resume"]:
+        return resumed(p, Config, name, argv, given["resume"])
 
     numbers = {f.name: given.pop(f.name) for f in fields(Config) if f.name in given}
     args, is_tiny = argparse.Namespace(name=name, **given), given["model"] == "tiny"
@@ -190,6 +212,32 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
             raise ValueError(f"--{field.replace('_', '-')} is for a new adapter, and "
                              f"{args.adapter} has its own; --adapter none starts a new one")
     return args, Config(**{**(tiny if is_tiny else {}), **suits, **numbers})
+
+
+def resumed(p, Config, name, argv, folder):
+    """(args, config) of the run in `folder`. Raises ValueError for a flag that differs from its."""
+    try:
+        said = json.loads((Path(folder) / "config.json").read_text())
+        if said["name"] != name:
+            raise ValueError(f"it is a run of {said['name']}.py")
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ValueError(f"--resume {folder} holds no run of {name}.py: {problem!r}") from problem
+    numbers, words = [field.name for field in fields(Config)], ["--resume", folder]
+    for key in (action.dest for action in p._actions if action.dest in said):
+        value = "none" if said[key] is None and key in numbers else said[key]
+        if value is not None and value is not False:
+            words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    then = vars(p.parse_args(words))
+    now = vars(p.parse_args([*words, *(sys.argv[1:] if argv is None else argv)]))
+    odd = [f"--{key.replace('_', '-')} {now[key]} (it has {then[key]})" for key in now
+           if now[key] != then[key]]
+    if odd:
+        raise ValueError(f"--resume {folder} goes on with the flags it began with: {odd[0]}")
+    if not (Path(folder) / "state.safetensors").exists() and (
+            Path(folder) / "adapter_config.json").exists():
+        raise ValueError(f"--resume {folder}: this run is at its end")
+    config = Config(**{key: now.pop(key) for key in numbers})
+    return argparse.Namespace(name=name, **{**now, "resume": folder}), config
 
 
 def settle_defaults(args, is_tiny, needs_reward):
