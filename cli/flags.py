@@ -220,9 +220,10 @@ def resumed(p, Config, name, argv, folder):
         said = json.loads((Path(folder) / "config.json").read_text())
         if said["name"] != name:
             raise ValueError(f"it is a run of {said['name']}.py")
+        numbers = {field.name: said[field.name] for field in fields(Config)}
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"--resume {folder} holds no run of {name}.py: {problem!r}") from problem
-    numbers, words = [field.name for field in fields(Config)], ["--resume", folder]
+    words = ["--resume", folder]
     for key in (action.dest for action in p._actions if action.dest in said):
         value = "none" if said[key] is None and key in numbers else said[key]
         if value is not None and value is not False:
@@ -236,7 +237,7 @@ def resumed(p, Config, name, argv, folder):
     if not (Path(folder) / "state.safetensors").exists() and (
             Path(folder) / "adapter_config.json").exists():
         raise ValueError(f"--resume {folder}: this run is at its end")
-    config = Config(**{key: now.pop(key) for key in numbers})
+    config = Config(**{key: now.pop(key, False) for key in numbers})
     return argparse.Namespace(name=name, **{**now, "resume": folder}), config
 
 
