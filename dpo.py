@@ -238,7 +238,8 @@ def train(model, tokenizer, rows, config=Config(), log=None, state=None):
     refs = all_logps(model, "reference", [pairs[i] for i in used], config)  # [used, 2]
     refs = dict(zip(used, refs))
 
-    bar = tqdm(range(first, config.steps), desc="dpo", disable=None)
+    quiet = common.processes()[0] > 0 or None  # one bar, also of several processes
+    bar = tqdm(range(first, config.steps), desc="dpo", disable=quiet)
     for step in bar:
         clock = time.time()
 

@@ -404,7 +404,8 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
         generator.set_state(state["generator"])
         beta = state["beta"]
 
-    bar = tqdm(range(first, config.steps), desc="ppo", disable=None)
+    quiet = common.processes()[0] > 0 or None  # one bar, also of several processes
+    bar = tqdm(range(first, config.steps), desc="ppo", disable=quiet)
     for step in bar:
         clock = time.time()
 

@@ -169,7 +169,8 @@ def train(model, tokenizer, rows, config=Config(), log=None, state=None):
     if state:
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
-    bar = tqdm(range(first, config.steps), desc="reward_model", disable=None)
+    quiet = common.processes()[0] > 0 or None  # one bar, also of several processes
+    bar = tqdm(range(first, config.steps), desc="reward_model", disable=quiet)
     for step in bar:
         clock = time.time()
 

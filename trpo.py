@@ -529,7 +529,8 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         generator.set_state(state["generator"])
 
-    bar = tqdm(range(first, config.steps), desc="trpo", disable=None)
+    quiet = common.processes()[0] > 0 or None  # one bar, also of several processes
+    bar = tqdm(range(first, config.steps), desc="trpo", disable=quiet)
     for step in bar:
         clock = time.time()
 

@@ -4,9 +4,10 @@ import argparse
 import contextlib
 import importlib.util
 import inspect
-import math
-import re
 import json
+import math
+import os
+import re
 import signal
 import sys
 import threading
@@ -16,6 +17,8 @@ from types import NoneType
 from typing import Literal, get_args, get_origin
 
 import datasets
+import torch
+import torch.distributed as dist
 import transformers
 from jinja2 import TemplateError
 
@@ -32,9 +35,21 @@ RUN = {"out": None, "training": False, "stop": False}
 
 
 def fail(message):
-    """Ends the program with one line on stderr and exit code 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    """Ends the program with one line on stderr and exit code 2. Before a run begins, what one of
+    several processes finds wrong all find, and the first says it."""
+    if RUN["out"] or common.processes()[0] == 0:
+        print("error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
+
+
+def join():
+    """Joins the processes that torchrun started, if it did. All but the first print nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
 
 
 @contextlib.contextmanager
@@ -45,14 +60,19 @@ def errors():
     before = signal.getsignal(signal.SIGINT)
     if ours and before is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
+    join()
     try:
         yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except TemplateError as problem:
         fail(f"the model's chat template refuses a prompt ({problem}); take such rows out of "
              "--data")
     except (ValueError, OSError) as problem:
         fail(problem)
     except KeyboardInterrupt:
+        if common.processes()[0] > 0:
+            raise SystemExit(2) from None
         print(file=sys.stderr)  # below the progress bar
         more = f"python {Path(sys.argv[0]).name} --resume {RUN['out']} goes on"
         fail(f"interrupted; {more if RUN['out'] else 'nothing was written'}")
@@ -256,6 +276,6 @@ def settle_defaults(args, is_tiny, needs_reward):
         args.reward = str(common.TINY / "reward_model")
     if needs_reward and not args.reward:
         raise ValueError("--reward is needed: a folder, a hub id, or file.py:function")
-    out = Path(args.out or "")
-    if args.out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out, first = Path(args.out or ""), common.processes()[0] == 0
+    if args.out and first and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists; nothing is overwritten: name a new folder")

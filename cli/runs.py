@@ -24,17 +24,30 @@ def start(args, config, model, name, before):
 
     before: (statistics, samples) of the model before training. The folder is --out, or the next
     free runs/<script>; it gets config.json, all flags and versions, and samples.jsonl."""
-    args.out = Path(args.resume) if args.resume else make_folder(args)
-    state = saved.read(args.out, model) if args.resume else None
-    if state is None:
-        begin(args, config, before)
-    else:
-        print(f"goes on with step {state['step']} of {config.steps}")
-    flags.RUN.update(out=args.out, training=True)
+    first = common.processes()[0] == 0  # of several processes, it does all the writing
+    state = saved.read(args.resume, model) if args.resume else None
+    if first:
+        args.out = Path(args.resume) if args.resume else make_folder(args)
+        if state is None:
+            begin(args, config, before)
+        else:
+            saved.cut_logs(args.out, state)
+            print(f"goes on with step {state['step']} of {config.steps}")
+    flags.RUN.update(out=args.out or "the run", training=True)
     before_even = {"even": False}
 
     def log(row, samples, state):
         check_numbers(row)
+        done = row["step"] + 1
+        flags.RUN["training"] = done < config.steps
+        # Ctrl-C may reach several processes at different steps: they stop together.
+        stop = common.add_up(float(flags.RUN["stop"]), largest=True)
+        if first:
+            write(row, samples, state, stop)
+        if stop:
+            raise KeyboardInterrupt
+
+    def write(row, samples, state, stop):
         append(args.out / "metrics.jsonl", row)
         save_samples(args, row["step"], samples[:1])
         if row["step"] == 0:
@@ -52,13 +65,10 @@ def start(args, config, model, name, before):
                        f"{row['score']:g}; a batch without differences teaches nothing")
         before_even["even"] = even
         done = row["step"] + 1
-        if done % SAVED == 0 or done == config.steps or flags.RUN["stop"]:
+        if done % SAVED == 0 or done == config.steps or stop:
             saved.write(args.out, model, state)
         if args.save_every and done % args.save_every == 0:
             saved.write_adapter(args.out / f"step-{done}", model, name)
-        flags.RUN["training"] = done < config.steps
-        if flags.RUN["stop"]:
-            raise KeyboardInterrupt
 
     return log, state
 
@@ -134,6 +144,8 @@ def step_0(row, config):
 
 def finish(args, config, model, name, before, after):
     """Saves the adapter, the samples after training and the curves; prints samples and table."""
+    if common.processes()[0] > 0:
+        return
     saved.write_adapter(args.out, model, name)
     save_samples(args, config.steps, after[1])
     for first, last in list(zip(before[1], after[1]))[:4]:

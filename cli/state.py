@@ -61,9 +61,8 @@ def write_adapter(folder, model, name):
 
 
 def read(folder, model):
-    """The `state` that the run in `folder` goes on from, its adapters put into `model` and its logs
-    cut to that step; None where nothing was saved yet. Raises ValueError for a damaged file, and
-    for one that does not fit the model."""
+    """The `state` that the run in `folder` goes on from, its adapters put into `model`; None where
+    nothing was saved yet. Raises ValueError for a damaged file, and one that does not fit."""
     folder = Path(folder)
     if not (folder / FILE).is_file():
         return None
@@ -89,9 +88,13 @@ def read(folder, model):
         for name, found in saved["adapters"].items():
             for parameter, value in zip(here[name], found):
                 parameter.copy_(value)
-    for name in LOGS:  # rows of steps that will be taken again
-        os.truncate(folder / name, saved["sizes"][name])
-    return saved["train"]
+    return {**saved["train"], "sizes": saved["sizes"]}
+
+
+def cut_logs(folder, state):
+    """Takes the rows of steps that will be taken again out of metrics.jsonl and samples.jsonl."""
+    for name in LOGS:
+        os.truncate(folder / name, state["sizes"][name])
 
 
 def adapters(model):

@@ -1,15 +1,18 @@
 """K processes do what one does: the same parameters after five steps, for every script."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from byte_tokenizer import SIZE, byte_tokenizer
 from conftest import ROOT, TARGETS, toy
+from safetensors.torch import load_file
 
 import common
 import dpo
@@ -115,3 +118,51 @@ def test_shares_are_disjoint_and_whole(monkeypatch):
             monkeypatch.setattr(common, "processes", lambda r=rank: (r, size))
             parts += common.share(range(5))
         assert sorted(parts) == [0, 1, 2, 3, 4]
+
+
+def launch(folder, *argv, **more):
+    """Two processes under torchrun, each with one thread."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(ROOT / "ppo.py"), "--device", "cpu", "--eval-size", "4", *argv]
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
+
+
+def test_torchrun_writes_one_run_that_goes_on_and_equals_that_of_one_process(tmp_path):
+    small = ["--batch-size", "4", "--max-new-tokens", "8", "--steps", "3"]
+    process = launch(tmp_path, *small, "--out", "two")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out.count("saved two") == 1 and not (tmp_path / "runs").exists()
+    subprocess.run([sys.executable, str(ROOT / "ppo.py"), "--device", "cpu", "--eval-size", "4", *small,
+                    "--out", "one"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert max((one[key] - two[key]).abs().max() for key in one) < 1e-5
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len(rows[0]) == len(rows[1]) == 3
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
+    assert samples[0].count("\n") == samples[1].count("\n")
+
+
+def test_a_process_that_dies_takes_the_others_with_it_and_leaves_what_was_saved(tmp_path):
+    reward = tmp_path / "r.py"
+    reward.write_text(
+        "import os\ncalls = []\n"
+        "def f(prompts, responses, rows):\n"
+        "    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 13 and not os.path.exists('died'):\n"
+        "        open('died', 'w')\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return [len(r) / 10 for r in responses]\n")
+    argv = ["--batch-size", "4", "--max-new-tokens", "4", "--steps", "12", "--reward", "r.py:f"]
+    start = time.time()
+    process = launch(tmp_path, *argv, "--out", "cut")
+    process.communicate(timeout=240)
+    assert process.returncode != 0 and time.time() - start < 90
+    assert (tmp_path / "cut" / "state.safetensors").exists()
+    process = launch(tmp_path, "--resume", "cut")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "goes on with step 10 of 12" in out
+    rows = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(12))
