@@ -244,49 +244,41 @@ def sample(model, x, x_mask, stop, max_new_tokens, temperature, generator=None, 
     first stop token; logp is log pi(y_t), and entropy that of what y_t was drawn from, in nats."""
     # One random number for each token, all drawn before the first is needed: so a token depends
     # neither on how many other answers still go on, nor on the process that draws it.
-    u = torch.zeros(G * len(x), max_new_tokens)  # [B, T]
-    u = torch.rand(u.shape, generator=generator) if temperature > 0 else u
-    kinds = x.dtype, *3 * [torch.float32]  # of y, mask, logp, entropy
-    columns = [torch.zeros(u.shape, dtype=kind, device=x.device) for kind in kinds]  # [B, T]
-    mine = list(share(range(len(x))))  # prompts; `rows` are the b answers drawn here
-    rows = torch.tensor([i * G + g for i in mine for g in range(G)], dtype=torch.long)
-    x, x_mask = x[mine or [0]], x_mask[mine or [0]]  # without one of its own it draws nothing
+    shape = G * len(x), max_new_tokens  # B, T
+    u = torch.rand(shape, generator=generator) if temperature > 0 else torch.zeros(shape)
     u, stop = u.to(x.device), torch.tensor(stop, device=x.device)
-    cache, attention = DynamicCache(config=model.config), x_mask.repeat_interleave(G, 0)  # [b, P]
-    shared = can_share(model, cache)
-    if not shared:  # a state that cannot be repeated later: repeat the prompt
-        x, x_mask, G = x.repeat_interleave(G, 0), attention, 1
-    logits = forward(model, x, x_mask, 1, cache=cache)
-    if G > 1:  # the prompt was read once for its G answers
-        cache.batch_repeat_interleave(G)
-    logits = logits.repeat_interleave(G, 0)  # [b, 1, V]
-    alive = torch.ones_like(attention[:, :1], dtype=torch.bool)  # [b, 1]
+    y = torch.zeros(shape, dtype=x.dtype, device=x.device)
+    mask, logp, entropy = (torch.zeros(shape, device=x.device) for _ in range(3))
+    # Each prompt is read once, and its state repeated for its G answers. `rows` are the numbers of
+    # the b answers in the batch: at first all of this process.
+    mine = list(share(range(len(x))))
+    rows = torch.tensor([i * G + g for i in mine for g in range(G)], dtype=torch.long)
+    x, x_mask = x[mine or [0]], x_mask[mine or [0]]  # who has none reads one, and draws nothing
+    cache, copies = DynamicCache(config=model.config), torch.arange(len(x)).repeat_interleave(G)
+    logits = forward(model, x, x_mask, 1, cache=cache)[copies]  # [b, 1, V]
+    cache.reorder_cache(copies)
+    attention = x_mask[copies]  # [b, P]
     for t in range(max_new_tokens if mine else 0):
-        logp = (logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [b, V]
-        entropy = torch.special.entr(logp.exp()).sum(-1, keepdim=True)  # [b, 1]
+        logps = (logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [b, V]
         if temperature == 0:
-            token = logp.argmax(-1, keepdim=True)
+            token = logps.argmax(-1, keepdim=True)  # [b, 1]
         else:
             # The first token whose cumulated probability exceeds the random number.
-            cdf = logp.exp().cumsum(-1)
+            cdf = logps.exp().cumsum(-1)
             token = torch.searchsorted(cdf, u[rows, t, None] * cdf[:, -1:], right=True)
             token = token.clamp(max=cdf.shape[1] - 1)
-        token = token.masked_fill(~alive, 0)
-        drawn = logp.gather(1, token)  # log pi_old of the token
-        for column, value in zip(columns, (token, alive, drawn * alive, entropy * alive)):
-            column[rows, t] = value.squeeze(1).to(column.dtype)
-        attention = torch.cat([attention, alive.long()], 1)
-        alive = alive & ~torch.isin(token, stop)
-        if not alive.any() or t + 1 == max_new_tokens:
+        y[rows, t], mask[rows, t] = token[:, 0], 1.0
+        logp[rows, t] = logps.gather(1, token)[:, 0]  # log pi_old of the token
+        entropy[rows, t] = torch.special.entr(logps.exp()).sum(-1)
+        left = (~torch.isin(token[:, 0], stop)).nonzero()[:, 0]
+        if len(left) == 0 or t + 1 == max_new_tokens:
             break
-        # An answer that has ended leaves the batch; or stays, with 0 in its columns from here on.
-        if shared and not alive.all():
-            left = alive.squeeze(1).nonzero().squeeze(1)
-            cache.batch_select_indices(left)
+        if len(left) < len(rows):  # what has ended leaves the batch
+            cache.reorder_cache(left)
             rows, token, attention = rows[left.cpu()], token[left], attention[left]
-            alive = alive[left]
+        attention = torch.cat([attention, torch.ones_like(token)], 1)
         logits = forward(model, token, attention, 1, cache=cache)  # [b, 1, V]
-    y, mask, logp, entropy = map(add_up, columns)
+    y, mask, logp, entropy = map(add_up, (y, mask, logp, entropy))
     R = int(mask.sum(1).max())  # tokens of the longest answer
     return y[:, :R], mask[:, :R], logp[:, :R], entropy[:, :R]
 
@@ -309,7 +301,7 @@ def score(model, tokenizer, rows, x, x_mask, y, mask, reward):
         return add_up(scores), responses
     index = list(share(range(len(rows))))
     asked, said = [rows[i] for i in index], [responses[i] for i in index]
-    numbers = reward([prompt_text(row["prompt"]) for row in asked], said, asked)  # of each
+    numbers = reward([prompt_text(row["prompt"]) for row in asked], said, asked) if asked else []
     found = torch.tensor([float(number) for number in numbers], device=y.device)
     if len(found) != len(asked) or not found.isfinite().all():
         raise ValueError(f"the reward returned {numbers} for {len(asked)} responses")
@@ -329,7 +321,7 @@ def adapter_scores(model, name, x, x_mask, y, mask):
 
 
 def processes():
-    """(number of this process, how many there are)."""
+    """(number of this process, how many there are); torchrun says, else (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

@@ -238,8 +238,7 @@ def train(model, tokenizer, rows, config=Config(), log=None, state=None):
     refs = all_logps(model, "reference", [pairs[i] for i in used], config)  # [used, 2]
     refs = dict(zip(used, refs))
 
-    quiet = common.processes()[0] > 0 or None  # one bar, also of several processes
-    bar = tqdm(range(first, config.steps), desc="dpo", disable=quiet)
+    bar = tqdm(range(first, config.steps), desc="dpo", disable=None)
     for step in bar:
         clock = time.time()
 

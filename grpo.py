@@ -447,8 +447,7 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         generator.set_state(state["generator"])
 
-    quiet = common.processes()[0] > 0 or None  # one bar, also of several processes
-    bar = tqdm(range(first, config.steps), desc="grpo", disable=quiet)
+    bar = tqdm(range(first, config.steps), desc="grpo", disable=None)
     for step in bar:
         clock = time.time()
 

@@ -404,8 +404,7 @@ def train(model, tokenizer, rows, reward, config=Config(), log=None, state=None)
         generator.set_state(state["generator"])
         beta = state["beta"]
 
-    quiet = common.processes()[0] > 0 or None  # one bar, also of several processes
-    bar = tqdm(range(first, config.steps), desc="ppo", disable=quiet)
+    bar = tqdm(range(first, config.steps), desc="ppo", disable=None)
     for step in bar:
         clock = time.time()
 

@@ -169,8 +169,7 @@ def train(model, tokenizer, rows, config=Config(), log=None, state=None):
     if state:
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
-    quiet = common.processes()[0] > 0 or None  # one bar, also of several processes
-    bar = tqdm(range(first, config.steps), desc="reward_model", disable=quiet)
+    bar = tqdm(range(first, config.steps), desc="reward_model", disable=None)
     for step in bar:
         clock = time.time()
 

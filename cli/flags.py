@@ -38,18 +38,19 @@ def fail(message):
     """Ends the program with one line on stderr and exit code 2. Before a run begins, what one of
     several processes finds wrong all find, and the first says it."""
     if RUN["out"] or common.processes()[0] == 0:
-        print("error:", " ".join(str(message).split()), file=sys.stderr)
+        stream = sys.__stderr__ if common.processes()[0] else sys.stderr
+        print("error:", " ".join(str(message).split()), file=stream)
     raise SystemExit(2)
 
 
 def join():
-    """Joins the processes that torchrun started, if it did. All but the first print nothing."""
+    """Joins the processes that torchrun started, if it did. All but the first print errors only."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # progress bars, too
 
 
 @contextlib.contextmanager
@@ -79,6 +80,8 @@ def errors():
     finally:
         if ours:
             signal.signal(signal.SIGINT, before)
+        if common.processes()[0] > 0:
+            sys.stderr = sys.__stderr__
 
 
 def interrupt(number, frame):
