@@ -5,9 +5,11 @@ answers to one prompt next to each other. Masks are 1 on real tokens and are mad
 never from `ids == pad`: in many models the padding token is also the token that ends an answer.
 """
 
+import itertools
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 
@@ -46,13 +48,12 @@ def load_model(name="tiny", device="auto", dtype="auto", trust_remote_code=False
         raise ValueError(f"the device {device} is not available here; use cpu")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     dtypes["auto"] = dtypes["bf16" if device == "cuda" else "fp32"]
-    more = {"trust_remote_code": trust_remote_code}
-    tokenizer = load_pretrained(AutoTokenizer, name, **more)
+    more = {"trust_remote_code": trust_remote_code, "dtype": dtypes[dtype]}
+    tokenizer = load_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
     if end_of_turn(tokenizer) is None:
         raise ValueError(f"the tokenizer of {name} has no EOS token: no answer could end")
     if str(name).endswith(".gguf"):  # unpacked to plain linear layers, which can take an adapter
         more["quantization_config"] = GgufConfig(dequantize=True)
-    more["dtype"] = dtypes[dtype]
     model, info = load_pretrained(AutoModelForCausalLM, name, use_safetensors=True,
                                   output_loading_info=True, **more)
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
@@ -214,8 +215,8 @@ def micro_batches(batch, size=None, groups=None):
     batch: tensors "x" and "x_mask" with a row per prompt, others with a row per answer. A part is
     whole groups, the shortest first and cut to what they need, or a piece of one group."""
     N, B = len(batch["x"]), len(batch["y"])
-    G, size = B // N, size or B
-    groups = torch.arange(N) if groups is None else groups
+    groups, G = torch.arange(N) if groups is None else groups, B // N
+    size = size or -(-len(groups) * G // processes()[1])  # a part for every process
     length = batch["mask"].sum(1).long().cpu()  # [B]
     longest = length.view(N, G).amax(1)[groups]  # [n]
     for some in groups[longest.argsort(stable=True)].split(max(1, size // G)):
@@ -241,37 +242,45 @@ def sample(model, x, x_mask, stop, max_new_tokens, temperature, generator=None, 
 
     Returns y, mask, logp, entropy, all [B, R], 0 after the end. mask is 1 up to and including the
     first stop token; logp is log pi(y_t), and entropy that of what y_t was drawn from, in nats."""
-    cache, stop = DynamicCache(config=model.config), torch.tensor(stop, device=x.device)
-    attention = x_mask.repeat_interleave(G, 0)  # [B, P]
-    if not can_share(model, cache):  # a state that cannot be repeated later: repeat the prompt
-        x, x_mask, G = x.repeat_interleave(G, 0), attention, 1
-    logits = forward(model, x, x_mask, 1, cache=cache)
-    if G > 1:  # the prompt was read once for its G answers
-        cache.batch_repeat_interleave(G)
-    logits = logits.repeat_interleave(G, 0)  # [B, 1, V]
-    alive, columns = torch.ones_like(attention[:, :1], dtype=torch.bool), []  # [B, 1]
-    while True:
-        logp = logits[:, -1].float() / (temperature or 1.0)  # [B, V]
-        logp = logp.log_softmax(-1)
-        entropy = torch.special.entr(logp.exp()).sum(-1, keepdim=True)  # [B, 1]
+    # One random number for each token, all drawn before the first is needed: so a token depends
+    # neither on how many other answers still go on, nor on the process that draws it.
+    shape = G * len(x), max_new_tokens  # B, T
+    u = torch.rand(shape, generator=generator) if temperature > 0 else torch.zeros(shape)
+    u, stop = u.to(x.device), torch.tensor(stop, device=x.device)
+    y = torch.zeros(shape, dtype=x.dtype, device=x.device)
+    mask, logp, entropy = (torch.zeros(shape, device=x.device) for _ in range(3))
+    # Each prompt is read once, and its state repeated for its G answers. `rows` are the numbers of
+    # the b answers in the batch: at first all of this process.
+    mine = list(share(range(len(x))))
+    rows = torch.tensor([i * G + g for i in mine for g in range(G)], dtype=torch.long)
+    x, x_mask = x[mine or [0]], x_mask[mine or [0]]  # who has none reads one, and draws nothing
+    cache, copies = DynamicCache(config=model.config), torch.arange(len(x)).repeat_interleave(G)
+    logits = forward(model, x, x_mask, 1, cache=cache)[copies]  # [b, 1, V]
+    cache.reorder_cache(copies)
+    attention = x_mask[copies]  # [b, P]
+    for t in range(max_new_tokens if mine else 0):
+        logps = (logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [b, V]
         if temperature == 0:
-            token = logp.argmax(-1, keepdim=True)
+            token = logps.argmax(-1, keepdim=True)  # [b, 1]
         else:
-            # The first token whose cumulated probability exceeds a uniform random number.
-            cdf = logp.exp().cumsum(-1)
-            u = torch.rand(len(cdf), 1, generator=generator).to(x.device)
-            token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+            # The first token whose cumulated probability exceeds the random number.
+            cdf = logps.exp().cumsum(-1)
+            token = torch.searchsorted(cdf, u[rows, t, None] * cdf[:, -1:], right=True)
             token = token.clamp(max=cdf.shape[1] - 1)
-        token = token.masked_fill(~alive, 0)
-        drawn = logp.gather(1, token)  # log pi_old of the token
-        columns.append((token, alive.float(), drawn * alive, entropy * alive))
-        # An answer that has ended stays in the batch; its columns have mask 0 from here on.
-        attention = torch.cat([attention, alive.long()], 1)
-        alive = alive & ~torch.isin(token, stop)
-        if not alive.any() or len(columns) == max_new_tokens:
+        y[rows, t], mask[rows, t] = token[:, 0], 1.0
+        logp[rows, t] = logps.gather(1, token)[:, 0]  # log pi_old of the token
+        entropy[rows, t] = torch.special.entr(logps.exp()).sum(-1)
+        left = (~torch.isin(token[:, 0], stop)).nonzero()[:, 0]
+        if len(left) == 0 or t + 1 == max_new_tokens:
             break
-        logits = forward(model, token, attention, 1, cache=cache)  # [B, 1, V]
-    return [torch.cat(column, 1) for column in zip(*columns)]
+        if len(left) < len(rows):  # what has ended leaves the batch
+            cache.reorder_cache(left)
+            rows, token, attention = rows[left.cpu()], token[left], attention[left]
+        attention = torch.cat([attention, torch.ones_like(token)], 1)
+        logits = forward(model, token, attention, 1, cache=cache)  # [b, 1, V]
+    y, mask, logp, entropy = map(add_up, (y, mask, logp, entropy))
+    R = int(mask.sum(1).max())  # tokens of the longest answer
+    return y[:, :R], mask[:, :R], logp[:, :R], entropy[:, :R]
 
 
 def ended(y, mask, stop):
@@ -284,16 +293,20 @@ def ended(y, mask, stop):
 def score(model, tokenizer, rows, x, x_mask, y, mask, reward):
     """(score [B], texts) of the answers y [B, R] to the prompts of B data rows. reward: an adapter
     with a head, or a function (prompts, responses, rows) -> B floats, else a ValueError."""
-    responses = decode(tokenizer, y, mask)
+    responses, scores = decode(tokenizer, y, mask), torch.zeros(len(y), device=y.device)
     # A reward model on this base reads the ids as they were sampled, a function reads the texts.
     if isinstance(reward, str):
-        return adapter_scores(model, reward, x, x_mask, y, mask), responses
-    prompts = [prompt_text(row["prompt"]) for row in rows]
-    numbers = reward(prompts, responses, rows)  # B of each
-    scores = torch.tensor([float(number) for number in numbers], device=y.device)
-    if len(scores) != len(rows) or not scores.isfinite().all():
-        raise ValueError(f"the reward returned {numbers} for {len(rows)} responses")
-    return scores, responses
+        for index, b in share(micro_batches({"x": x, "x_mask": x_mask, "y": y, "mask": mask})):
+            scores[index] = adapter_scores(model, reward, **b)
+        return add_up(scores), responses
+    index = list(share(range(len(rows))))
+    asked, said = [rows[i] for i in index], [responses[i] for i in index]
+    numbers = reward([prompt_text(row["prompt"]) for row in asked], said, asked) if asked else []
+    found = torch.tensor([float(number) for number in numbers], device=y.device)
+    if len(found) != len(asked) or not found.isfinite().all():
+        raise ValueError(f"the reward returned {numbers} for {len(asked)} responses")
+    scores[index] = found
+    return add_up(scores), responses
 
 
 def adapter_scores(model, name, x, x_mask, y, mask):
@@ -304,7 +317,34 @@ def adapter_scores(model, name, x, x_mask, y, mask):
     return model.heads[name](states[torch.arange(len(y)), last].float()).squeeze(-1)
 
 
-# ------------------------------------------------------------------------------ data and schedule
+# ------------------------------------------------------------------------------ data and processes
+
+
+def processes():
+    """(number of this process, how many there are); torchrun says, else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(items):
+    """What this process does of the work of K: every K-th item. Without torchrun, all of it."""
+    rank, size = processes()
+    return itertools.islice(items, rank, None, size)
+
+
+def add_up(x, largest=False):
+    """The sum of a tensor over all processes, in its place, or of a number; or the largest."""
+    if isinstance(x, float):
+        return add_up(torch.tensor(x, dtype=torch.float64), largest).item()
+    if processes()[1] > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return x
+
+
+def add_gradients(parameters):
+    """Gives every process the sum of all their gradients, each that of a share of the batch."""
+    if processes()[1] > 1:
+        for p in parameters:
+            p.grad = add_up(torch.zeros_like(p) if p.grad is None else p.grad)
 
 
 def batch_rows(step, n, size, seed):

@@ -157,17 +157,17 @@ def pair_logps(model, b, config):
 @torch.no_grad()
 def all_logps(model, name, pairs, config):
     """pair_logps of any number of pairs, [pairs, 2], under the adapter `name`; None: the base."""
-    logps = torch.empty(len(pairs), 2, device=model.device)
+    logps = torch.zeros(len(pairs), 2, device=model.device)
     # Pairs of about the same length go together, so that little of what is read is padding.
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i][2])))
     size = config.micro_batch_size or config.batch_size
-    for start in range(0, len(order), size):
+    for start in common.share(range(0, len(order), size)):
         index = order[start : start + size]
         some = [pairs[i] for i in index]
         b = common.collate(some, model.device)  # a batch of its own
         with lora.use_adapter(model, name):
             logps[index] = pair_logps(model, b, config)  # (RL.1), [size, 2]
-    return logps
+    return common.add_up(logps)
 
 
 # ------------------------------------------------------------------------------ update
@@ -180,7 +180,7 @@ def update(model, optimizer, batch, config, policy="policy"):
     logps = torch.zeros(N, 2, device=model.device)
     # A pair is a group of two answers, which share one reading of their prompt.
     size = config.micro_batch_size and 2 * config.micro_batch_size
-    for answers, b in common.micro_batches(batch, size):
+    for answers, b in common.share(common.micro_batches(batch, size)):
         with lora.use_adapter(model, policy):
             logp = pair_logps(model, b, config)  # [n, 2]
             ref = b["ref"].view(-1, 2)
@@ -193,10 +193,11 @@ def update(model, optimizer, batch, config, policy="policy"):
             # A mean over pairs: weighted by their share, micro-batches add up to the batch.
             (loss * len(logp) / N).backward()
         logps[answers[::2] // 2] = logp.detach()  # the answers 2 i and 2 i + 1 are pair i
+    common.add_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     optimizer.step()
     optimizer.zero_grad()
-    return logps, norm
+    return common.add_up(logps), norm
 
 
 def measure(logps, refs, config):
@@ -291,15 +292,16 @@ def sample_answers(model, tokenizer, rows, reward, config):
 
     # The KL to the reference, of answers y ~ pi: the mean of log pi - log pi_ref. The sampler has
     # reported log pi; the reference reads the answers.
-    kl = logp.sum(1)  # [B]
+    logp_ref = torch.zeros(len(y), device=y.device)  # [B], summed over the tokens
     batch = {"x": x, "x_mask": x_mask, "y": y, "mask": mask}
-    for index, b in common.micro_batches(batch, config.micro_batch_size):
+    for index, b in common.share(common.micro_batches(batch, config.micro_batch_size)):
         y_part, real = b["y"], b["mask"]  # [b, R]
         with lora.use_adapter(model, "reference"):
             logits = common.read(model, b["x"], b["x_mask"], y_part, real)
         # Position t-1 predicts token t: the last logits are dropped.
         ref = token_logps(logits[:, :-1], y_part, config.temperature)  # (RL.1)
-        kl[index] -= (ref * real).sum(1)
+        logp_ref[index] = (ref * real).sum(1)
+    kl = logp.sum(1) - common.add_up(logp_ref)  # [B]
 
     # Texts, and scores where there is something that scores.
     ended = common.ended(y, mask, stop)
@@ -333,9 +335,9 @@ def main(argv=None):
                       for part in (rows, test))
         reward = rewards.load(args, model, config.max_length) if args.reward else None
         make_models(model, config)
-        before = evaluate(model, tokenizer, test, reward, config)
-        log = runs.start(args, config, model, "policy", before)
-        train(model, tokenizer, rows, config, log)
+        before = runs.before(args) or evaluate(model, tokenizer, test, reward, config)
+        log, state = runs.start(args, config, model, "policy", before)
+        train(model, tokenizer, rows, config, log, state)
         after = evaluate(model, tokenizer, test, reward, config)
         runs.finish(args, config, model, "policy", before, after)
         runs.print_ceiling(test, after[0]["accuracy"])

@@ -247,14 +247,14 @@ def batch_logps(model, name, batch, config):
     at a position predict the token that comes next: position t-1 predicts token t. So the first of
     these R + 1 predicts y_1, and the last predicts nothing that we have, and is dropped."""
     logps = torch.zeros_like(batch["mask"])
-    for rows, b in common.micro_batches(batch, config.micro_batch_size):
+    for rows, b in common.share(common.micro_batches(batch, config.micro_batch_size)):
         y, mask = b["y"], b["mask"]  # [b, R]
         with lora.use_adapter(model, name):
             logits = common.read(model, b["x"], b["x_mask"], y, mask)
         logp = token_logps(logits[:, :-1], y, config.temperature)  # (RL.1)
         # A micro-batch is as wide as its own longest answer; after it the zeros stay.
         logps[rows, : y.shape[1]] = logp * mask
-    return logps
+    return common.add_up(logps)
 
 
 # ------------------------------------------------------------------------------ rollout
@@ -390,7 +390,7 @@ def update(model, optimizer, batch, config, generator, policy="policy"):
             order = torch.randperm(len(batch["x"]), generator=generator)
             minibatches = order.chunk(config.minibatches)
         groups = minibatches[part % config.minibatches]
-        for _, b in common.micro_batches(batch, config.micro_batch_size, groups):
+        for _, b in common.share(common.micro_batches(batch, config.micro_batch_size, groups)):
             weight = len(b["y"]) / answers
             if config.loss in ("dapo", "cispo"):
                 weight = (b["mask"].sum() / tokens).item()
@@ -399,10 +399,13 @@ def update(model, optimizer, batch, config, generator, policy="policy"):
             if part == 0:  # pi still is pi_old
                 stats["log_ratio_max"] = max(stats["log_ratio_max"], moved)
         # One step on the policy, with a gradient of norm 1 at most.
+        common.add_gradients(of_policy)
         norm = torch.nn.utils.clip_grad_norm_(of_policy, 1.0)
         stats["grad_norm"] += norm.item() / parts
         optimizer.step()
         optimizer.zero_grad()
+    stats["loss"] = common.add_up(stats["loss"])
+    stats["log_ratio_max"] = common.add_up(stats["log_ratio_max"], largest=True)
     return stats
 
 
@@ -510,9 +513,9 @@ def main(argv=None):
         model, tokenizer, config = models.load(args, config, "policy", [*rows, *test])
         reward = rewards.load(args, model, config.max_length)
         make_models(model, reward, config)
-        before = evaluate(model, tokenizer, test, reward, config)
-        log = runs.start(args, config, model, "policy", before)
-        train(model, tokenizer, rows, reward, config, log)
+        before = runs.before(args) or evaluate(model, tokenizer, test, reward, config)
+        log, state = runs.start(args, config, model, "policy", before)
+        train(model, tokenizer, rows, reward, config, log, state)
         after = evaluate(model, tokenizer, test, reward, config)
         runs.finish(args, config, model, "policy", before, after)
 

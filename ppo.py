@@ -238,14 +238,14 @@ def batch_logps(model, name, batch, config):
     at a position predict the token that comes next: position t-1 predicts token t. So the first of
     these R + 1 predicts y_1, and the last predicts nothing that we have, and is dropped."""
     logps = torch.zeros_like(batch["mask"])
-    for rows, b in common.micro_batches(batch, config.micro_batch_size):
+    for rows, b in common.share(common.micro_batches(batch, config.micro_batch_size)):
         y, mask = b["y"], b["mask"]  # [b, R]
         with lora.use_adapter(model, name):
             logits = common.read(model, b["x"], b["x_mask"], y, mask)
         logp = token_logps(logits[:, :-1], y, config.temperature)  # (RL.1)
         # A micro-batch is as wide as its own longest answer; after it the zeros stay.
         logps[rows, : y.shape[1]] = logp * mask
-    return logps
+    return common.add_up(logps)
 
 
 def read_values(model, name, b):
@@ -286,10 +286,11 @@ def rollout(model, tokenizer, rows, reward, config, generator,
     # log pi_ref and V_old of every sampled token. There is no gradient here: micro-batches only
     # save memory.
     batch["logp_ref"] = batch_logps(model, reference, batch, config)
-    batch["values_old"] = torch.zeros_like(mask)
-    for index, b in common.micro_batches(batch, config.micro_batch_size):
+    values = torch.zeros_like(mask)
+    for index, b in common.share(common.micro_batches(batch, config.micro_batch_size)):
         R = b["mask"].shape[1]
-        batch["values_old"][index, :R] = read_values(model, critic, b) * b["mask"]
+        values[index, :R] = read_values(model, critic, b) * b["mask"]
+    batch["values_old"] = common.add_up(values)
 
     # One score per answer. An answer that was cut off before its EOS gets a fixed low score,
     # whatever the reward makes of the fragment: stopping has to be worth learning.
@@ -345,7 +346,7 @@ def update(model, optimizer, batch, config, generator, policy="policy", critic="
             order = torch.randperm(len(batch["x"]), generator=generator)
             minibatches = order.chunk(config.minibatches)
         groups = minibatches[part % config.minibatches]
-        for _, b in common.micro_batches(batch, config.micro_batch_size, groups):
+        for _, b in common.share(common.micro_batches(batch, config.micro_batch_size, groups)):
             weight = (b["mask"].sum() / tokens).item()
             l_pi, l_v, moved = gradient(model, b, weight, config, policy, critic)
             stats["policy_loss"] += weight * l_pi / parts
@@ -354,11 +355,14 @@ def update(model, optimizer, batch, config, generator, policy="policy", critic="
                 stats["log_ratio_max"] = max(stats["log_ratio_max"], moved)
         # Each model has a clip of its own. Under one common norm, the scale of the reward, which
         # only the critic feels, would decide how far the policy may go.
+        common.add_gradients([*of_policy, *of_critic])
         norm = torch.nn.utils.clip_grad_norm_(of_policy, 1.0)
         torch.nn.utils.clip_grad_norm_(of_critic, 1.0)
         stats["grad_norm"] += norm.item() / parts
         optimizer.step()
         optimizer.zero_grad()
+    for key in ("policy_loss", "value_loss", "log_ratio_max"):
+        stats[key] = common.add_up(stats[key], largest=key == "log_ratio_max")
     return stats
 
 
@@ -469,9 +473,9 @@ def main(argv=None):
         model, tokenizer, config = models.load(args, config, "policy", [*rows, *test])
         reward = rewards.load(args, model, config.max_length)
         make_models(model, reward, config)
-        before = evaluate(model, tokenizer, test, reward, config)
-        log = runs.start(args, config, model, "policy", before)
-        train(model, tokenizer, rows, reward, config, log)
+        before = runs.before(args) or evaluate(model, tokenizer, test, reward, config)
+        log, state = runs.start(args, config, model, "policy", before)
+        train(model, tokenizer, rows, reward, config, log, state)
         after = evaluate(model, tokenizer, test, reward, config)
         runs.finish(args, config, model, "policy", before, after)
 

@@ -125,11 +125,12 @@ def score_pairs(model, name, b):
 def update(model, optimizer, batch, config, name="reward"):
     """One AdamW step on a batch of pairs; returns its loss, the norm of its gradient, and the
     differences r_w - r_l [N] before the step."""
-    total, differences = 0.0, []
-    N, parameters = len(batch["x"]), lora.adapter_parameters(model, name)
+    total, parameters = 0.0, lora.adapter_parameters(model, name)
+    N = len(batch["x"])
+    differences = torch.zeros(N, device=model.device)
     # A pair is a group of two answers, which share one reading of their prompt.
     size = config.micro_batch_size and 2 * config.micro_batch_size
-    for _, b in common.micro_batches(batch, size):
+    for answers, b in common.share(common.micro_batches(batch, size)):
         with lora.use_adapter(model, name):
             chosen, rejected = score_pairs(model, name, b)
             loss = bradley_terry_loss(chosen, rejected, config.margin, config.center)  # (RM.2)
@@ -137,12 +138,13 @@ def update(model, optimizer, batch, config, name="reward"):
             loss = loss * len(chosen) / N
             loss.backward()
         total += loss.item()
-        differences.append((chosen - rejected).detach())
+        differences[answers[::2] // 2] = (chosen - rejected).detach()  # 2 i, 2 i + 1: pair i
     # One step, with a gradient of norm 1 at most.
+    common.add_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     optimizer.step()
     optimizer.zero_grad()
-    return total, norm, torch.cat(differences)
+    return common.add_up(total), norm, common.add_up(differences)
 
 
 # ------------------------------------------------------------------------------ train
@@ -201,13 +203,13 @@ def evaluate(model, tokenizer, rows, config, name="reward"):
     """Held-out loss, accuracy and margin (RM.3), and samples: the pairs with r_w - r_l as score."""
     pairs = encode_pairs(tokenizer, rows, config.max_length)
     batch = common.collate(pairs, model.device)
-    both = torch.empty(len(pairs), 2)
+    both = torch.zeros(len(pairs), 2)
     # A pair is a group of two answers; the answers 2 i and 2 i + 1 are pair i.
     size = config.micro_batch_size and 2 * config.micro_batch_size
-    for answers, b in common.micro_batches(batch, size):
+    for answers, b in common.share(common.micro_batches(batch, size)):
         scores = score_pairs(model, name, b)
         both[answers[::2] // 2] = torch.stack(scores, 1).cpu()
-    chosen, rejected = both.unbind(1)
+    chosen, rejected = common.add_up(both).unbind(1)
     difference = chosen - rejected  # [pairs]
     stats = {
         "loss": bradley_terry_loss(chosen, rejected).item(),  # (RM.2) with margin and center 0
@@ -235,10 +237,10 @@ def main(argv=None):
         rows, test = (data.that_fit(part, tokenizer, ["chosen", "rejected"], config)
                       for part in (rows, test))
         make_models(model, config)
-        before = evaluate(model, tokenizer, test, config)
+        before = runs.before(args) or evaluate(model, tokenizer, test, config)
         print(f"loss before training {before[0]['loss']:.3f} (ln 2 = {math.log(2):.3f})")
-        log = runs.start(args, config, model, "reward", before)
-        train(model, tokenizer, rows, config, log)
+        log, state = runs.start(args, config, model, "reward", before)
+        train(model, tokenizer, rows, config, log, state)
         after = evaluate(model, tokenizer, test, config)
         runs.finish(args, config, model, "reward", before, after)
         runs.print_ceiling(test, after[0]["accuracy"])

@@ -120,7 +120,7 @@ def batch_loss(model, b):
 def update(model, optimizer, batch, config, policy="policy"):
     """One AdamW step on a batch; returns its loss and the norm of its gradient."""
     total, tokens = 0.0, batch["mask"].sum()
-    for _, b in common.micro_batches(batch, config.micro_batch_size):
+    for _, b in common.share(common.micro_batches(batch, config.micro_batch_size)):
         with lora.use_adapter(model, policy):
             # (SFT.1) is a mean over tokens. Weighted by their share of the tokens, micro-batches
             # add up to the mean of the batch, however it is cut.
@@ -129,10 +129,11 @@ def update(model, optimizer, batch, config, policy="policy"):
         total += loss.item()
     # One step, with a gradient of norm 1 at most.
     parameters = lora.adapter_parameters(model, policy)
+    common.add_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     optimizer.step()
     optimizer.zero_grad()
-    return total, norm
+    return common.add_up(total), norm
 
 
 # ------------------------------------------------------------------------------ train
@@ -190,12 +191,12 @@ def evaluate(model, tokenizer, rows, config, policy="policy"):
     # Perplexity of the answers that people wrote.
     nll = tokens = 0.0
     batch = common.collate(encoded, model.device)
-    for _, b in common.micro_batches(batch, config.micro_batch_size):
+    for _, b in common.share(common.micro_batches(batch, config.micro_batch_size)):
         count = b["mask"].sum().item()
         with lora.use_adapter(model, policy):
             nll += batch_loss(model, b).item() * count
         tokens += count
-    stats = {"perplexity": math.exp(nll / tokens)}  # (SFT.2)
+    stats = {"perplexity": math.exp(common.add_up(nll) / common.add_up(tokens))}  # (SFT.2)
 
     # Greedy answers, to be compared with them.
     stop = common.stop_ids(model, tokenizer)
@@ -224,8 +225,8 @@ def main(argv=None):
         model, tokenizer, config = models.load(args, config, "policy", test)
         rows, test = (data.that_fit(part, tokenizer, ["response"], config) for part in (rows, test))
         make_models(model, config)
-        before = evaluate(model, tokenizer, test, config)
-        write = runs.start(args, config, model, "policy", before)
+        before = runs.before(args) or evaluate(model, tokenizer, test, config)
+        write, state = runs.start(args, config, model, "policy", before)
         after = []
 
         def log(row, samples, state):
@@ -237,7 +238,8 @@ def main(argv=None):
                 row.update(after[0])
             write(row, samples, state)
 
-        train(model, tokenizer, rows, config, log)
+        train(model, tokenizer, rows, config, log, state)
+        after = after or evaluate(model, tokenizer, test, config)  # killed behind the last step
         runs.finish(args, config, model, "policy", before, after)
 
 

@@ -288,14 +288,14 @@ def batch_logps(model, name, batch, config):
     at a position predict the token that comes next: position t-1 predicts token t. So the first of
     these R + 1 predicts y_1, and the last predicts nothing that we have, and is dropped."""
     logps = torch.zeros_like(batch["mask"])
-    for rows, b in common.micro_batches(batch, config.micro_batch_size):
+    for rows, b in common.share(common.micro_batches(batch, config.micro_batch_size)):
         y, mask = b["y"], b["mask"]  # [b, R]
         with lora.use_adapter(model, name):
             logits = common.read(model, b["x"], b["x_mask"], y, mask)
         logp = token_logps(logits[:, :-1], y, config.temperature)  # (RL.1)
         # A micro-batch is as wide as its own longest answer; after it the zeros stay.
         logps[rows, : y.shape[1]] = logp * mask
-    return logps
+    return common.add_up(logps)
 
 
 def read_values(model, name, b):
@@ -336,10 +336,11 @@ def rollout(model, tokenizer, rows, reward, config, generator,
     # log pi_ref and V_old of every sampled token. There is no gradient here: micro-batches only
     # save memory.
     batch["logp_ref"] = batch_logps(model, reference, batch, config)
-    batch["values_old"] = torch.zeros_like(mask)
-    for index, b in common.micro_batches(batch, config.micro_batch_size):
+    values = torch.zeros_like(mask)
+    for index, b in common.share(common.micro_batches(batch, config.micro_batch_size)):
         R = b["mask"].shape[1]
-        batch["values_old"][index, :R] = read_values(model, critic, b) * b["mask"]
+        values[index, :R] = read_values(model, critic, b) * b["mask"]
+    batch["values_old"] = common.add_up(values)
 
     # One score per answer. An answer that was cut off before its EOS gets a fixed low score,
     # whatever the reward makes of the fragment: stopping has to be worth learning.
@@ -360,7 +361,7 @@ def score_old(model, batch, config, policy="policy"):
     the largest |log pi - log pi_old| between this pass and the sampler: rounding, or a fault."""
     sampled, logits_old = batch["logp_old"], None
     logp_old = torch.zeros_like(sampled)
-    for rows, b in common.micro_batches(batch, config.micro_batch_size):
+    for rows, b in common.share(common.micro_batches(batch, config.micro_batch_size)):
         with lora.use_adapter(model, policy):
             logits = scaled_logits(model, b, config)  # [b, R, V]
         # In a large vocabulary all logits together are the largest tensor of the run.
@@ -369,7 +370,10 @@ def score_old(model, batch, config, policy="policy"):
         R = logits.shape[1]
         logits_old[rows, :R] = logits
         logp_old[rows, :R] = token_logps(logits, b["y"]) * b["mask"]  # (RL.1)
-    batch["logits_old"], batch["logp_old"] = logits_old, logp_old
+    # The logits of its own micro-batches are all that a process will need.
+    if logits_old is not None:
+        batch["logits_old"] = logits_old
+    batch["logp_old"] = common.add_up(logp_old)
     return (logp_old - sampled).abs().max().item()  # both are 0 on padding
 
 
@@ -386,7 +390,7 @@ def scaled_logits(model, b, config):
 def parts(batch, config, groups=None):
     """Micro-batches of the batch (or of some of its rows), each with its share of their tokens."""
     tokens = (batch["mask"] if groups is None else batch["mask"][groups]).sum()
-    for _, b in common.micro_batches(batch, config.micro_batch_size, groups):
+    for _, b in common.share(common.micro_batches(batch, config.micro_batch_size, groups)):
         yield b, b["mask"].sum() / tokens
 
 
@@ -413,7 +417,7 @@ def gain_and_kl(model, batch, config):
         part_gain, logits = surrogate_of(model, b, config)
         gain += (share * part_gain).item()
         kl += (share * mean_kl(b["logits_old"], logits, b["mask"])).item()
-    return gain, kl
+    return common.add_up(gain), common.add_up(kl)
 
 
 def natural_step(model, parameters, old, batch, config):
@@ -427,6 +431,7 @@ def natural_step(model, parameters, old, batch, config):
         gain, _ = surrogate_of(model, b, config)
         g += share * flatten(
             torch.autograd.grad(gain, parameters, materialize_grads=True))
+    g = common.add_up(g)
 
     # The direction u solves (F + damping) u = g, with F from a few rows: each product with F costs
     # a backward pass. The usual attention kernels cannot be differentiated twice, MATH can.
@@ -438,8 +443,10 @@ def natural_step(model, parameters, old, batch, config):
             slopes.append((kl, kl_slope(kl, parameters)))
 
         def matvec(v):
-            return config.damping * v + sum(
-                fisher_vector_product(kl, parameters, v, 0.0, slope) for kl, slope in slopes)
+            product = torch.zeros_like(v)
+            for kl, slope in slopes:
+                product += fisher_vector_product(kl, parameters, v, 0.0, slope)
+            return config.damping * v + common.add_up(product)
 
         u = conjugate_gradient(matvec, g, config.cg_iters)  # (TRPO.3), (TRPO.4)
 
@@ -486,10 +493,12 @@ def fit_critic(model, optimizer, batch, config, critic="critic"):
                 loss.backward()
             first += loss.item() if epoch == 0 else 0.0
         # One AdamW step per pass over the whole batch.
-        torch.nn.utils.clip_grad_norm_(lora.adapter_parameters(model, critic), 1.0)
+        parameters = lora.adapter_parameters(model, critic)
+        common.add_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return first
+    return common.add_up(first)
 
 
 # ------------------------------------------------------------------------------ train
@@ -593,9 +602,9 @@ def main(argv=None):
         check_precision(model, config)
         reward = rewards.load(args, model, config.max_length)
         make_models(model, reward, config)
-        before = evaluate(model, tokenizer, test, reward, config)
-        log = runs.start(args, config, model, "policy", before)
-        train(model, tokenizer, rows, reward, config, log)
+        before = runs.before(args) or evaluate(model, tokenizer, test, reward, config)
+        log, state = runs.start(args, config, model, "policy", before)
+        train(model, tokenizer, rows, reward, config, log, state)
         after = evaluate(model, tokenizer, test, reward, config)
         runs.finish(args, config, model, "policy", before, after)
 

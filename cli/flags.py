@@ -4,15 +4,21 @@ import argparse
 import contextlib
 import importlib.util
 import inspect
+import json
 import math
+import os
 import re
+import signal
 import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Literal, get_args, get_origin
 
 import datasets
+import torch
+import torch.distributed as dist
 import transformers
 from jinja2 import TemplateError
 
@@ -22,32 +28,68 @@ from cli import tasks
 DATA = {"sft": "demonstrations.jsonl", "reward_model": "preferences.jsonl",
         "dpo": "preferences.jsonl"}  # with --model tiny; all others: prompts.jsonl
 
-RUN = {"out": None}  # the folder of the run that goes on in this process
+# Of the run in this process: its folder, whether it takes steps, and whether it is to stop soon.
+RUN = {"out": None, "training": False, "stop": False}
 
 # ------------------------------------------------------------------------------ errors
 
 
 def fail(message):
-    """Ends the program with one line on stderr and exit code 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    """Ends the program with one line on stderr and exit code 2. Before a run begins, what one of
+    several processes finds wrong all find, and the first says it."""
+    if RUN["out"] or common.processes()[0] == 0:
+        stream = sys.__stderr__ if common.processes()[0] else sys.stderr
+        print("error:", " ".join(str(message).split()), file=stream)
     raise SystemExit(2)
+
+
+def join():
+    """Joins the processes that torchrun started, if it did. All but the first print errors only."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # progress bars, too
 
 
 @contextlib.contextmanager
 def errors():
     """Turns what a script, common or lora refuses into one line that begins with `error:`."""
-    RUN["out"] = None
+    RUN.update(out=None, training=False, stop=False)
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    if ours and before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    join()
     try:
         yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except TemplateError as problem:
         fail(f"the model's chat template refuses a prompt ({problem}); take such rows out of "
              "--data")
     except (ValueError, OSError) as problem:
         fail(problem)
     except KeyboardInterrupt:
+        if common.processes()[0] > 0:
+            raise SystemExit(2) from None
         print(file=sys.stderr)  # below the progress bar
-        kept = f"{RUN['out']} keeps what was written (adapters: --save-every, or at the end)"
-        fail(f"interrupted; {kept if RUN['out'] else 'nothing was written'}")
+        more = f"python {Path(sys.argv[0]).name} --resume {RUN['out']} goes on"
+        fail(f"interrupted; {more if RUN['out'] else 'nothing was written'}")
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+        if common.processes()[0] > 0:
+            sys.stderr = sys.__stderr__
+
+
+def interrupt(number, frame):
+    """The first Ctrl-C lets a step end and saves; the second, or one between runs, ends at once."""
+    if not RUN["training"] or RUN["stop"]:
+        raise KeyboardInterrupt
+    RUN["stop"] = True
+    print("\nends after this step; Ctrl-C once more ends at once", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------ types
@@ -169,12 +211,15 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
         add("--reward", help="folder, hub id, file.py[:function], a task, or none: always 0 (tiny: "
             "tiny/reward_model)")
     add("--out", help=f"folder of the run (runs/{name}, or the next free runs/{name}-2 ...)")
+    add("--resume", help="folder of a run that goes on, with the flags of its config.json")
     add("--eval-size", type=whole, default=128, help="held-out rows to measure on (128)")
     add("--save-every", type=whole, help="steps between saved adapters (only at the end)")
     add("--grad-checkpoint", action="store_true", help="less memory, a third more time")
     add("--plot", action="store_true", help="draw curves.png from metrics.jsonl (matplotlib)")
     config_flags(p, Config, tiny)
     given = vars(p.parse_args(argv))
+    if given["resume"]:
+        return resumed(p, Config, name, argv, given["resume"])
 
     numbers = {f.name: given.pop(f.name) for f in fields(Config) if f.name in given}
     args, is_tiny = argparse.Namespace(name=name, **given), given["model"] == "tiny"
@@ -192,6 +237,33 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
     return args, Config(**{**(tiny if is_tiny else {}), **suits, **numbers})
 
 
+def resumed(p, Config, name, argv, folder):
+    """(args, config) of the run in `folder`. Raises ValueError for a flag that differs from its."""
+    try:
+        said = json.loads((Path(folder) / "config.json").read_text())
+        if said["name"] != name:
+            raise ValueError(f"it is a run of {said['name']}.py")
+        numbers = {field.name: said[field.name] for field in fields(Config)}
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ValueError(f"--resume {folder} holds no run of {name}.py: {problem!r}") from problem
+    words = ["--resume", folder]
+    for key in (action.dest for action in p._actions if action.dest in said):
+        value = "none" if said[key] is None and key in numbers else said[key]
+        if value is not None and value is not False:
+            words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    then = vars(p.parse_args(words))
+    now = vars(p.parse_args([*words, *(sys.argv[1:] if argv is None else argv)]))
+    odd = [f"--{key.replace('_', '-')} {now[key]} (it has {then[key]})" for key in now
+           if now[key] != then[key]]
+    if odd:
+        raise ValueError(f"--resume {folder} goes on with the flags it began with: {odd[0]}")
+    if not (Path(folder) / "state.safetensors").exists() and (
+            Path(folder) / "adapter_config.json").exists():
+        raise ValueError(f"--resume {folder}: this run is at its end")
+    config = Config(**{key: now.pop(key, False) for key in numbers})
+    return argparse.Namespace(name=name, **{**now, "resume": folder}), config
+
+
 def settle_defaults(args, is_tiny, needs_reward):
     """Fills in --adapter, --data and --reward: with --model tiny the shipped ones, else none."""
     if args.adapter is None and is_tiny and args.name != "sft":
@@ -207,6 +279,6 @@ def settle_defaults(args, is_tiny, needs_reward):
         args.reward = str(common.TINY / "reward_model")
     if needs_reward and not args.reward:
         raise ValueError("--reward is needed: a folder, a hub id, or file.py:function")
-    out = Path(args.out or "")
-    if args.out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out, first = Path(args.out or ""), common.processes()[0] == 0
+    if args.out and first and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists; nothing is overwritten: name a new folder")

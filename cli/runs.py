@@ -12,24 +12,42 @@ import transformers
 from tqdm import tqdm
 
 import common
-import lora
 from cli import flags
+from cli import state as saved
+
+
+SAVED = 10  # steps between saved states
 
 
 def start(args, config, model, name, before):
-    """Makes the folder of the run, and returns the `log` that `train` calls once per step.
+    """(log, state): what `train` calls once per step, and what it goes on from (None: anew).
 
     before: (statistics, samples) of the model before training. The folder is --out, or the next
     free runs/<script>; it gets config.json, all flags and versions, and samples.jsonl."""
-    args.out = flags.RUN["out"] = make_folder(args)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
-                "transformers": transformers.__version__}
-    said = {**vars(args), **asdict(config), **versions, "out": str(args.out)}
-    (args.out / "config.json").write_text(json.dumps(said, indent=2) + "\n")
-    save_samples(args, 0, before[1])
+    first = common.processes()[0] == 0  # of several processes, it does all the writing
+    state = saved.read(args.resume, model) if args.resume else None
+    if first:
+        args.out = Path(args.resume) if args.resume else make_folder(args)
+        if state is None:
+            begin(args, config, before)
+        else:
+            saved.cut_logs(args.out, state)
+            print(f"goes on with step {state['step']} of {config.steps}")
+    flags.RUN.update(out=args.out or "the run", training=True)
     before_even = {"even": False}
 
     def log(row, samples, state):
+        check_numbers(row)
+        done = row["step"] + 1
+        flags.RUN["training"] = done < config.steps
+        # Ctrl-C may reach several processes at different steps: they stop together.
+        stop = common.add_up(float(flags.RUN["stop"]), largest=True)
+        if first:
+            write(row, samples, state, stop)
+        if stop:
+            raise KeyboardInterrupt
+
+    def write(row, samples, state, stop):
         append(args.out / "metrics.jsonl", row)
         save_samples(args, row["step"], samples[:1])
         if row["step"] == 0:
@@ -46,10 +64,44 @@ def start(args, config, model, name, before):
             tqdm.write(f"step {row['step']}: all {config.batch_size} answers have the score "
                        f"{row['score']:g}; a batch without differences teaches nothing")
         before_even["even"] = even
-        if args.save_every and (row["step"] + 1) % args.save_every == 0:
-            lora.save_adapter(model, name, args.out / f"step-{row['step'] + 1}")
+        done = row["step"] + 1
+        if done % SAVED == 0 or done == config.steps or stop:
+            saved.write(args.out, model, state)
+        if args.save_every and done % args.save_every == 0:
+            saved.write_adapter(args.out / f"step-{done}", model, name)
 
-    return log
+    return log, state
+
+
+def begin(args, config, before):
+    """Writes what stands in the folder of a run before its first step."""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+                "transformers": transformers.__version__}
+    said = {**vars(args), **asdict(config), **versions, "out": str(args.out)}
+    for name in saved.LOGS:
+        (args.out / name).write_text("")
+    save_samples(args, 0, before[1])
+    write_json(args.out / "before.json", before)
+    write_json(args.out / "config.json", said)
+
+
+def write_json(path, value):
+    saved.write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def before(args):
+    """(statistics, samples) of the model before training, of the run that goes on; else None."""
+    path = Path(args.resume or "") / "before.json"
+    return json.loads(path.read_text()) if args.resume and path.is_file() else None
+
+
+def check_numbers(row):
+    """Raises ValueError for a row of metrics.jsonl with a number that is not finite."""
+    odd = [key for key, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
+    if odd:
+        raise ValueError(
+            f"step {row['step']}: {', '.join(odd)} is not a finite number, and what is trained may "
+            "be spoilt; try a lower --lr, or --dtype fp32. What was saved before is kept")
 
 
 def make_folder(args):
@@ -92,7 +144,9 @@ def step_0(row, config):
 
 def finish(args, config, model, name, before, after):
     """Saves the adapter, the samples after training and the curves; prints samples and table."""
-    lora.save_adapter(model, name, args.out)
+    if common.processes()[0] > 0:
+        return
+    saved.write_adapter(args.out, model, name)
     save_samples(args, config.steps, after[1])
     for first, last in list(zip(before[1], after[1]))[:4]:
         if "response" in first:
@@ -104,6 +158,7 @@ def finish(args, config, model, name, before, after):
         print(f"{key:28} {old:10.3f} {new:10.3f}")
     if args.plot:
         plot_curves(args.out)
+    (args.out / saved.FILE).unlink(missing_ok=True)  # nothing is left to go on with
     print(f"\nsaved {args.out}")
 
 

@@ -455,15 +455,29 @@ def test_greedy_sampling_is_what_generate_says(load, family):
         assert torch.equal(y[2 * i], ids) and torch.equal(y[2 * i + 1], ids)
 
 
-@pytest.mark.parametrize("family, passes", [
-    *((family, [[N, 10], [N * G, 1], [N * G, 1]]) for family in PLAIN),
-    *((family, [[N * G, 10], [N * G, 1], [N * G, 1]]) for family in HYBRID)])
-def test_the_sampler_reads_a_prompt_once_for_its_answers(load, family, passes):
-    """But for a recurrent state, which cannot be repeated later."""
+@pytest.mark.parametrize("family", [*PLAIN, *HYBRID])
+def test_the_sampler_reads_a_prompt_once_for_its_answers(load, family):
+    """A recurrent state, too: without a gradient it can be repeated."""
     model = load(family)
     seen = calls(model)
     drawn(model, stop=[999], n=3)
-    assert [shape for shape, _ in seen] == passes
+    assert [shape for shape, _ in seen] == [[N, 10], [N * G, 1], [N * G, 1]]
+
+
+@pytest.mark.parametrize("family", [*PLAIN, *HYBRID])
+def test_what_has_ended_leaves_the_batch_and_changes_no_other_answer(load, family):
+    """With the commonest token as the end, against a run in which nothing ends."""
+    model = load(family)
+    whole, _, logp, entropy = drawn(model, stop=[999], n=10)
+    stop = whole[:, 2:6].flatten().mode().values.item()
+    seen = calls(model)
+    y, mask, *found = drawn(model, stop=[stop], n=10)
+    rows = [shape[0] for shape, _ in seen]
+    assert rows[0] == N and rows[1] == N * G > min(rows[1:]) and rows[1:] == sorted(rows[1:])[::-1]
+    R = y.shape[1]
+    assert torch.equal(y, (whole[:, :R] * mask).long()) and 1 <= mask.sum(1).min() < R
+    for part, full in zip(found, (logp, entropy)):
+        torch.testing.assert_close(part, full[:, :R] * mask, rtol=1e-4, atol=2e-5)
 
 
 @torch.no_grad()
