@@ -651,8 +651,8 @@ def test_ctrl_c_ends_in_one_line_that_names_the_folder(script, capsys, house):
     finally:
         signal.signal(signal.SIGINT, before)
     errors = [x for x in capsys.readouterr().err.split("\n") if x.startswith("error: ")]
-    assert end.value.code == 2 and len(errors) == 1 and "out" in errors[0]
-    assert [p.name for p in Path("out").glob("*.safetensors")] == []
+    assert end.value.code == 2 and len(errors) == 1 and "--resume out goes on" in errors[0]
+    assert [p.name for p in Path("out").glob("*.safetensors")] == ["state.safetensors"]
 
 
 @ON_POLICY
