@@ -14,7 +14,7 @@ import common
 import lora
 from cli import data
 
-ROWS = [{"prompt": "q", "response": "a", "chosen": "a", "rejected": "b"}] * 3
+ROWS = [{"prompt": f"q{i}", "response": "a", "chosen": "a", "rejected": "b"} for i in range(3)]
 
 
 def damaged(text, rng):
