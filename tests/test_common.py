@@ -339,7 +339,7 @@ ROWS = [{"prompt": "q", "bonus": 0.5}, {"prompt": TURNS, "bonus": -1}]
 
 def test_a_reward_function_sees_prompts_as_text_and_the_whole_rows():
     def reward(prompts, responses, rows):
-        assert prompts == ["q", "hello\nthere"] and responses == ["yes", "no"] and rows is ROWS
+        assert prompts == ["q", "hello\nthere"] and responses == ["yes", "no"] and rows == ROWS
         return [len(response) + row["bonus"] for response, row in zip(responses, rows)]
 
     (score, texts), _ = scored(None, reward, ROWS)

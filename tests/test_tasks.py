@@ -110,7 +110,7 @@ def test_every_task_of_the_folder_has_rows_a_score_and_flags():
 def test_a_task_gives_rows_defaults_and_the_reward(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task = str(ROOT / "tasks" / "sums.py")
-    monkeypatch.setattr(grpo, "train", lambda model, tokenizer, rows, reward, config, log: log(
+    monkeypatch.setattr(grpo, "train", lambda model, tokenizer, rows, reward, config, log, _: log(
         {"step": 0, "rows": len(rows), "config": config.max_new_tokens,
          "score": reward(["?"], ["22"], [SUM])[0]}, [], {}))
     for more, tokens in (([], 12), (["--max-new-tokens", "5"], 5)):
