@@ -44,8 +44,9 @@ RUNS = {
     "few-shot": (None, {}),
     "raw": (grpo, {"adv": "raw"}), "none": (grpo, {"adv": "none"}),
     "resample": (grpo, {"resample": 2}),
-    **{f"{targets}-lr{lr:g}": (grpo, {"lora_targets": targets, "lr": lr})
-       for targets in ("auto", "all-linear") for lr in (2e-4, 1e-3)},
+    "q,v-lr0.0002": (grpo, {"lr": 2e-4}),
+    **{f"all-linear-lr{lr:g}": (grpo, {"lora_targets": "all-linear", "lr": lr})
+       for lr in (2e-4, 5e-4)},
 }
 
 

@@ -221,21 +221,43 @@ def sums(page, what):
         for prompt in after)])
 
 
-def verifiable(page, columns="greedy, pass@1, pass@8"):
-    """Held-out sums before training, and after it by each method that was run."""
-    found, columns = record("verifiable"), columns.split(", ")
-    names = {"few-shot": "four solved sums before the question",
-             "sft": "SFT on its own right answers", "reinforce": "REINFORCE, leave-one-out",
-             "ppo": "PPO", "grpo-seed": "GRPO, three seeds",
-             "raw": "GRPO, the raw score in place of the advantage",
-             "none": "GRPO, not divided by the spread", "resample": "GRPO, --resample 2"}
-    rows = [["SmolLM2 as it is", *(f"{found['grpo-seed0']['before'][c]:.2f}" for c in columns)]]
-    for start, label in names.items():
-        runs = [run["after"] for name, run in found.items() if name.startswith(start)]
-        if runs:
-            cells = [[run[column] for run in runs] for column in columns]
-            rows.append([label, *map(comparison.spread, cells)])
-    return grid([["", *columns], *rows])
+SUMS = {
+    "few-shot": "four solved sums before the question, no training",
+    "sft": "SFT on its own right answers", "reinforce": "REINFORCE, leave-one-out",
+    "ppo": "PPO", "grpo-seed": "GRPO, three seeds",
+    "none": "`--adv none`: not divided by the spread",
+    "raw": "`--adv raw`: the score itself, no baseline",
+    "resample": "`--resample 2`: groups without spread are drawn again",
+    "q,v-lr0.0002": "query and value, 2e-4", "all-linear-lr0.0002": "all linear layers, 2e-4",
+    "all-linear-lr0.0005": "all linear layers, 5e-4",
+}
+SUMS_TABLES = {  # of the default, README's, and the others of verifiable.md
+    "short": ["few-shot", "grpo-seed"],
+    "methods": ["few-shot", "sft", "reinforce", "ppo", "grpo-seed"],
+    "flags": ["grpo-seed", "none", "raw", "resample"],
+    "lora": ["q,v-lr0.0002", "grpo-seed", "all-linear-lr0.0002", "all-linear-lr0.0005"],
+}
+
+
+def verifiable(page, table):
+    """Held-out sums before training, and after it by some of the methods that were run."""
+    found, columns = record("verifiable"), ["greedy", "pass@1", "pass@8"]
+    head, first = ["", *columns], found["grpo-seed0"]["before"]
+    rows = [["SmolLM2 as it is", *(f"{first[c]:.2f}" for c in columns)]]
+    if table == "flags":
+        head += ["without spread: groups drawn", "groups learnt from"]
+        rows[0] += ["", ""]
+    for start in SUMS_TABLES[table]:
+        runs = [run for name, run in found.items() if name.startswith(start)]
+        label = SUMS[start] if (table, start) != ("lora", "grpo-seed") else (
+            "query and value, 5e-4 (the default, three seeds)")
+        cells = [[run["after"][column] for run in runs] for column in columns]
+        if table == "flags":
+            drawn = [mean(run["curves"]["dead_groups"]) for run in runs]
+            left = [mean(run["curves"]["zero_std_groups"]) / 4 for run in runs]  # 4 groups a step
+            cells += [drawn, left if start == "resample" else drawn]
+        rows.append([label, *map(comparison.spread, cells)])
+    return grid([head, *rows])
 
 
 def peaks(page):
