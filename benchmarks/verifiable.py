@@ -6,13 +6,15 @@
 Every method samples the same number of answers, 32 of at most 12 tokens in each step. GRPO: three
 seeds, as `python grpo.py --model smollm2 --data tasks/sums.py` runs it. PPO: no reward model, so
 its critic starts at 0. REINFORCE: the mean of the other answers as baseline, no division by the
-spread. SFT: on those of as many answers of the model itself that are right. Few-shot: no training,
-but four solved sums before the question. Then what a flag changes: the advantage (raw, none),
-replacing groups without spread (resample), and the layers and learning rate of the adapter.
+spread. SFT: on those of as many answers of the model itself that are right. Without training: the
+model as it is (untrained), and with four solved sums before the question (few-shot). Then what a
+flag changes: the advantage (raw, none), replacing groups without spread (resample), and the layers
+and learning rate of the adapter.
 
 Each is judged on held-out sums: the share of right greedy answers, of right samples (pass@1), and
 of sums of which one in eight samples is right (pass@8). All of it goes to
-benchmarks/verifiable.json. Each run takes about ten minutes on 2 CPU cores.
+benchmarks/verifiable.json. Each run takes about ten minutes on 2 CPU cores, and PPO
+some five times as long.
 """
 
 import argparse
@@ -34,18 +36,21 @@ import lora  # noqa: E402
 import ppo  # noqa: E402
 import sft  # noqa: E402
 from cli import data, flags, models  # noqa: E402
+from cli.chat import answer  # noqa: E402
 from tasks import sums  # noqa: E402
 
 TASK = str(ROOT / "tasks" / "sums.py")
 RECORD = ROOT / "benchmarks" / "verifiable.json"
+TOKENS = sums.FLAGS["max_new_tokens"]
 RUNS = {
     **{f"grpo-seed{seed}": (grpo, {"seed": seed}) for seed in (0, 1, 2)},
     "ppo": (ppo, {}), "reinforce": (grpo, {"adv": "loo", "loss": "dr_grpo"}), "sft": (sft, {}),
-    "few-shot": (None, {}),
+    "untrained": (None, {"shots": 0}), "few-shot": (None, {"shots": 4}),
     "raw": (grpo, {"adv": "raw"}), "none": (grpo, {"adv": "none"}),
     "resample": (grpo, {"resample": 2}),
-    **{f"{targets}-lr{lr:g}": (grpo, {"lora_targets": targets, "lr": lr})
-       for targets in ("auto", "all-linear") for lr in (2e-4, 1e-3)},
+    "q,v-lr0.0002": (grpo, {"lr": 2e-4}),
+    **{f"all-linear-lr{lr:g}": (grpo, {"lora_targets": "all-linear", "lr": lr})
+       for lr in (2e-4, 5e-4)},
 }
 
 
@@ -59,21 +64,14 @@ def configure(script, numbers):
     return config
 
 
-def answer(model, tokenizer, prompts, temperature, generator=None, k=1):
-    """The texts of k answers to each prompt, by the adapter that is active."""
-    x, x_mask = common.pad([common.encode_prompt(tokenizer, p) for p in prompts], "left", "cpu")
-    stop = common.stop_ids(model, tokenizer)
-    y, mask, _, _ = common.sample(model, x, x_mask, stop, 12, temperature, generator, k)
-    return common.decode(tokenizer, y, mask)
-
-
 def judge(model, tokenizer, rows, adapter, shots=(), k=8):
     """Greedy accuracy, pass@1 and pass@k of held-out sums, and a few greedy answers. shots: the
     messages before each question."""
     prompts = [[*shots, {"role": "user", "content": row["prompt"]}] for row in rows]
     with lora.use_adapter(model, adapter):
-        greedy = answer(model, tokenizer, prompts, 0)
-        drawn = answer(model, tokenizer, prompts, 0.7, torch.Generator().manual_seed(1), k)
+        greedy, _ = answer(model, tokenizer, prompts, TOKENS)
+        generator = torch.Generator().manual_seed(1)
+        drawn, _ = answer(model, tokenizer, prompts, TOKENS, 0.7, generator=generator, G=k)
     many = [row for row in rows for _ in range(k)]
     right = torch.tensor(sums.score(None, drawn, many)).view(-1, k)
     return {"greedy": sum(sums.score(None, greedy, rows)) / len(rows),
@@ -83,11 +81,12 @@ def judge(model, tokenizer, rows, adapter, shots=(), k=8):
 
 def right_answers(model, tokenizer, rows, config):
     """Data rows for SFT: the right ones among as many answers of the base as GRPO samples."""
-    generator, found = torch.Generator().manual_seed(config.seed), []
+    generator, found, G = torch.Generator().manual_seed(config.seed), [], sums.FLAGS["group_size"]
     for step in range(config.steps):
-        drawn = [rows[i] for i in common.batch_rows(step, len(rows), config.batch_size // 8, 0)]
-        texts = answer(model, tokenizer, [row["prompt"] for row in drawn], 0.7, generator, 8)
-        many = [row for row in drawn for _ in range(8)]
+        drawn = [rows[i] for i in common.batch_rows(step, len(rows), config.batch_size // G, 0)]
+        prompts = [row["prompt"] for row in drawn]
+        texts, _ = answer(model, tokenizer, prompts, TOKENS, 0.7, generator=generator, G=G)
+        many = [row for row in drawn for _ in range(G)]
         found += [{"prompt": row["prompt"], "response": text.strip()} for row, text, score
                   in zip(many, texts, sums.score(None, texts, many)) if score]
     return found
@@ -101,12 +100,12 @@ def run(name):
     model, tokenizer = models.open_model(args, "smollm2")
     train, test = data.load_data(TASK, ["prompt"])
     if script is None:
-        shots = [turn for row in train[:4] for turn in (
+        shots = [turn for row in train[: numbers["shots"]] for turn in (
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row["response"]})]
         return {"after": judge(model, tokenizer, test, None, shots)}
     config = configure(script, numbers)
-    before, clock = judge(model, tokenizer, test, None), time.time()
+    clock = time.time()
     if script is sft:
         found = right_answers(model, tokenizer, train, config)
         print(f"{len(found)} right answers")
@@ -117,7 +116,7 @@ def run(name):
     curves = {key: [float(f"{row[key]:.4g}") for row in history]
               for key in ("score", "kl", "loss", "entropy", "eos_rate", "length", "dead_groups",
                           "zero_std_groups") if key in history[0]}
-    return {"config": asdict(config), "seconds": round(seconds), "before": before,
+    return {"config": asdict(config), "seconds": round(seconds),
             "after": judge(model, tokenizer, test, "policy"), "curves": curves}
 
 

@@ -15,15 +15,16 @@ from cli import flags, models
 
 
 def answer(model, tokenizer, prompts, max_new_tokens, temperature=0.0, max_length=1024, chunk=64,
-           generator=None):
-    """(texts, ended by themselves: list of bool) for a list of prompts; temperature 0 is greedy."""
+           generator=None, G=1):
+    """(texts, ended by themselves: list of bool) of G answers to each prompt of a list, those to
+    the same prompt next to each other; temperature 0 is greedy."""
     texts, stopped, stop = [], [], common.stop_ids(model, tokenizer)
     room = max_length - max_new_tokens
     for i in range(0, len(prompts), chunk):
         encoded = [common.encode_prompt(tokenizer, p)[-room:] for p in prompts[i : i + chunk]]
         x, x_mask = common.pad(encoded, "left", model.device)
         y, mask, _, _ = common.sample(
-            model, x, x_mask, stop, max_new_tokens, temperature, generator)
+            model, x, x_mask, stop, max_new_tokens, temperature, generator, G)
         texts += common.decode(tokenizer, y, mask)
         stopped += common.ended(y, mask, stop).tolist()
     return texts, stopped

@@ -212,30 +212,45 @@ def smollm2(page):
 
 def sums(page, what):
     """Of SmolLM2 and the sums: "minutes" that training took, or "answers" before and after."""
-    found = [run for name, run in record("verifiable").items() if name.startswith("grpo-seed")]
+    found = record("verifiable")
     if what == "minutes":
-        return f"{mean(run['seconds'] for run in found) / 60:.0f}"
-    before, after = found[0]["before"]["answers"], found[0]["after"]["answers"]
+        return f"{mean(run['seconds'] for run in comparison.seeds(found, 'grpo')) / 60:.0f}"
+    before, after = (found[name]["after"]["answers"] for name in ("untrained", "grpo-seed0"))
     return grid([["prompt", "before", "after"], *(
         [prompt, " ".join(before[prompt].split()), " ".join(after[prompt].split())]
         for prompt in after)])
 
 
-def verifiable(page, columns="greedy, pass@1, pass@8"):
-    """Held-out sums before training, and after it by each method that was run."""
-    found, columns = record("verifiable"), columns.split(", ")
-    names = {"few-shot": "four solved sums before the question",
-             "sft": "SFT on its own right answers", "reinforce": "REINFORCE, leave-one-out",
-             "ppo": "PPO", "grpo-seed": "GRPO, three seeds",
-             "raw": "GRPO, the raw score in place of the advantage",
-             "none": "GRPO, not divided by the spread", "resample": "GRPO, --resample 2"}
-    rows = [["SmolLM2 as it is", *(f"{found['grpo-seed0']['before'][c]:.2f}" for c in columns)]]
-    for start, label in names.items():
-        runs = [run["after"] for name, run in found.items() if name.startswith(start)]
-        if runs:
-            cells = [[run[column] for run in runs] for column in columns]
-            rows.append([label, *map(comparison.spread, cells)])
-    return grid([["", *columns], *rows])
+UNTRAINED = {"untrained": "SmolLM2 as it is"}
+FEW_SHOT = {"few-shot": "four solved sums before the question, no training"}
+GRPO = {"grpo": "GRPO, three seeds"}
+SUMS = {  # the rows of each table: the name of a run, or of a script with several seeds
+    "short": {**UNTRAINED, **FEW_SHOT, **GRPO},
+    "methods": {**UNTRAINED, **FEW_SHOT, "sft": "SFT on its own right answers",
+                "reinforce": "REINFORCE, leave-one-out", "ppo": "PPO", **GRPO},
+    "flags": {**GRPO, "none": "`--adv none`: not divided by the spread",
+              "raw": "`--adv raw`: the score itself, no baseline",
+              "resample": "`--resample 2`: groups without spread are drawn again"},
+    "lora": {"q,v-lr0.0002": "query and value, 2e-4",
+             "grpo": "query and value, 5e-4 (the default, three seeds)",
+             "all-linear-lr0.0002": "all linear layers, 2e-4",
+             "all-linear-lr0.0005": "all linear layers, 5e-4"},
+}
+
+
+def verifiable(page, table):
+    """Held-out sums before training, and after it by some of the methods that were run."""
+    found, columns, rows = record("verifiable"), ["greedy", "pass@1", "pass@8"], []
+    for name, label in SUMS[table].items():
+        runs = [found[name]] if name in found else comparison.seeds(found, name)
+        cells = [[run["after"][column] for run in runs] for column in columns]
+        if table == "flags":
+            drawn = [mean(run["curves"]["dead_groups"]) for run in runs]
+            left = [mean(run["curves"]["zero_std_groups"]) / 4 for run in runs]  # 4 groups a step
+            cells += [drawn, left if name == "resample" else drawn]
+        rows.append([label, *map(comparison.spread, cells)])
+    more = ["without spread: groups drawn", "groups learnt from"] if table == "flags" else []
+    return grid([["", *columns, *more], *rows])
 
 
 def peaks(page):
