@@ -64,7 +64,7 @@ def test_damaged_data_is_read_or_refused(suffix, need, tmp_path, monkeypatch):
     rng, path = random.Random(suffix + need[-1]), tmp_path / f"whole{suffix}"
     table = datasets.Dataset.from_list(ROWS)
     {".jsonl": table.to_json, ".csv": table.to_csv, ".parquet": table.to_parquet,
-     ".json": lambda p: p.write_text(json.dumps(ROWS))}[suffix](path)
+     ".json": lambda p: p.write_text(json.dumps(ROWS, indent=1))}[suffix](path)
     assert loads_or_refuses(path, need)
     for i in range(8 if suffix != ".parquet" else 0):  # pyarrow itself can crash on a damaged one
         spoilt = tmp_path / f"{i}{suffix}"
