@@ -845,6 +845,30 @@ def draw_overoptimisation(comparison):
     return figure
 
 
+def draw_growth(record):
+    """The time of a step when one size is doubled, again and again, against that of the smallest;
+    dashed: what grows as the work does."""
+    sizes = list(next(iter(record.values())))
+    figure, panels = plt.subplots(1, len(sizes), figsize=(12, 3.2), sharey=True)
+    colours = {**COLOURS, "sft": GREY, "reward_model": PLUS}
+    for axes, size in zip(panels, sizes):
+        for script, found in record.items():
+            values, seconds = zip(*found[size])
+            axes.plot([x / values[0] for x in values], [t / seconds[0] for t in seconds], "o-",
+                      color=colours[script], markersize=3, linewidth=1.2, label=script)
+        times = [x / values[0] for x in values]
+        axes.plot(times, [x**2 if size == "width" else x for x in times], "--", color=GREY,
+                  linewidth=1)
+        axes.set(title=size, xscale="log", yscale="log", xlabel="times as large")
+        axes.set_xticks(times, [f"{x:g}" for x in times])
+        axes.set_yticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
+        axes.minorticks_off()
+    panels[0].set_ylabel("times as long")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=6)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    return figure
+
+
 def draw(records, comparison, out):
     """Writes every picture to the folder `out`. records: {name: record}; comparison: what
     benchmarks/compare.py wrote, or None. Returns the names."""
@@ -857,6 +881,8 @@ def draw(records, comparison, out):
         "trust_region": draw_trust_region(records["trust_region"]),
         "group": draw_group(records["group"]),
         "implicit_reward": draw_implicit_reward(records["implicit_reward"])}
+    if records.get("growth"):
+        figures["growth"] = draw_growth(records["growth"])
     if comparison and "curves" in records:
         figures |= {"learning_curves": draw_learning_curves(records["curves"], comparison),
                     "frontier": draw_frontier(comparison)}
@@ -893,6 +919,7 @@ def main(argv=None):
         flags.quiet()
         make_records(args.record or list(RECORDS), DOCS / "records")
     records = {path.stem: read(path) for path in (DOCS / "records").glob("*.json")}
+    records["growth"] = read(ROOT / "benchmarks" / "growth.json")
     names = draw(records, read(ROOT / "benchmarks" / "compare.json"), DOCS)
     print(f"drawn in docs/: {', '.join(names)}")
 
