@@ -33,8 +33,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tiny import build  # noqa: E402
-
 SCRIPTS = ("dpo", "ppo", "trpo", "grpo")
 ANOTHER_BETA = {"trpo": 0.0, "ppo": 0.0, "grpo": 0.0, "dpo": 0.1}  # those that take longest first
 COLUMNS = ("score", "gold", "KL", "answered", "untaught", "declined", "together", "damaged",
@@ -53,6 +51,7 @@ def plan(args, folder):
         runs |= {f"{script}-seed{seed}": [*same, "--seed", str(seed)] for seed in seeds}
         if not args.quick:
             runs[f"{script}-beta{beta:g}"] = [*same, "--beta", str(beta)]
+    from tiny import build  # here, for it loads torch, and whoever wants the table needs none
     good = folder / "good.jsonl"
     good.write_text("".join(json.dumps(row) + "\n" for row in build.good_demonstrations()))
     runs["sft-good"] = ["sft.py", "--data", os.path.relpath(good, ROOT)]

@@ -22,8 +22,9 @@ COMMANDS = {
     "sft": ["sft.py"], "reward_model": ["reward_model.py", "--adapter", "runs/first/sft"],
     "ppo": ["ppo.py", "--steps", "200"], "grpo": ["grpo.py", "--steps", "200"],
     "dpo": ["dpo.py", "--steps", "200"], "trpo": ["trpo.py", "--steps", "200"]}
-PROMPTS = ("Explain quantum computing to a 10-year-old.", "Could you explain bees in simple words?",
-           "My son wants to know about volcanoes.", "Tell me about ants.", "Why do bees sting?")
+PROMPTS = (  # all of them held out
+    "Explain quantum computing to a 10-year-old.", "Do you know why a bee would sting me?",
+    "How come there is no rainbow on most days?", "Tell me about ants.", "Tell me a joke.")
 
 
 def run(*command):
