@@ -1,4 +1,4 @@
-"""These scripts beside TRL, the library that most people use: the same losses, what a step costs.
+"""These scripts beside TRL, the library that most people use: same losses, and the cost of a step.
 
     pip install trl==1.16.0 peft
     pip install --no-deps --target trl-ppo trl==1.9.2       the last version that has PPO
@@ -22,12 +22,11 @@ before to its own end, without the wait for the other side. So everything counts
 sampling, scoring, the reference, the update, and what each side logs. Before its first step our DPO
 reads all pairs with the reference, where TRL does so in each step. That time, divided by the number
 of steps, is added to each of our steps. The memory is the peak of the process, above what it held
-when its libraries and one model were loaded. For a model this small most of it is the libraries'
-own; --model smollm2 says more.
+when its libraries and one model were loaded.
 
-TRL keeps its own defaults in everything that is not part of the loss, with two exceptions: it computes
-in fp32 and without gradient checkpointing, as our scripts do. The code of the two sides is in
-benchmarks/vs_trl_sides.py, and the results go to benchmarks/vs_trl.json.
+TRL keeps its own defaults in everything that is not part of the loss, with two exceptions: it
+computes in fp32 and without gradient checkpointing, as our scripts do. The code of the two sides is
+in benchmarks/vs_trl_sides.py, and the results go to benchmarks/vs_trl.json.
 """
 
 import argparse
@@ -226,7 +225,7 @@ HEAD = ("| | difference of the loss | of the gradient (PPO: critic's loss) | our
 
 
 def table_row(task, record):
-    """A row under HEAD. A difference is followed by the largest value, a median by its quartiles."""
+    """A row under HEAD: each difference of the largest value, each median with its quartiles."""
     found = record["differences"]
     second = found.get("grad_norm") or found["value_loss"]
     cells = [task, *(f"{off:.0e} of {largest:.2g}" for off, largest in (found["loss"], second))]
