@@ -194,8 +194,7 @@ def read(model, x, x_mask, y, mask, states=False):
     and t answer tokens, so it predicts answer token t (counted from 0). The last column has read
     the whole answer. The G answers to a prompt share one reading of it, where that saves much."""
     G, R = len(y) // len(x), y.shape[1]
-    attention = x_mask.repeat_interleave(G, 0)  # [B, P]
-    attention = torch.cat([attention, mask.long()], 1)  # [B, P+R]
+    attention = torch.cat([x_mask.repeat_interleave(G, 0), mask.long()], 1)  # [B, P+R]
     cache = DynamicCache(config=model.config)
     if (len(y) - len(x)) * x.shape[1] < WORTH or not can_share(model, cache):
         ids = torch.cat([x.repeat_interleave(G, 0), y], 1)  # [B, P+R]
@@ -260,16 +259,17 @@ def sample(model, x, x_mask, stop, max_new_tokens, temperature, generator=None, 
     attention = x_mask[copies]  # [b, P]
     for t in range(max_new_tokens if mine else 0):
         logps = (logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [b, V]
+        p = logps.exp()
         if temperature == 0:
             token = logps.argmax(-1, keepdim=True)  # [b, 1]
         else:
             # The first token whose cumulated probability exceeds the random number.
-            cdf = logps.exp().cumsum(-1)
+            cdf = p.cumsum(-1)
             token = torch.searchsorted(cdf, u[rows, t, None] * cdf[:, -1:], right=True)
             token = token.clamp(max=cdf.shape[1] - 1)
         y[rows, t], mask[rows, t] = token[:, 0], 1.0
         logp[rows, t] = logps.gather(1, token)[:, 0]  # log pi_old of the token
-        entropy[rows, t] = torch.special.entr(logps.exp()).sum(-1)
+        entropy[rows, t] = torch.special.entr(p).sum(-1)
         left = (~torch.isin(token[:, 0], stop)).nonzero()[:, 0]
         if len(left) == 0 or t + 1 == max_new_tokens:
             break

@@ -58,8 +58,8 @@ class LoRALinear(nn.Module):
             return h
         # Adapters stay fp32 on a bf16 base: updates smaller than bf16's spacing would be lost.
         z = F.dropout(x.float(), self.dropout[name], self.training)
-        z = F.linear(F.linear(z, self.lora_A[name]), self.lora_B[name])
-        return h + (self.scale[name] * z).to(h.dtype)  # (LORA.1)
+        z = self.scale[name] * F.linear(z, self.lora_A[name])  # [..., r]: scaled where it is small
+        return h + F.linear(z, self.lora_B[name]).to(h.dtype)  # (LORA.1)
 
     @property
     def weight(self):
