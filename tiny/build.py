@@ -396,9 +396,9 @@ def answer_pools(split, each):
              if row["split"] == split and row["topic"] not in world.UNTAUGHT]
 
     def answers(prompts, seed):
-        repeated, generator = [p for p in prompts for _ in range(each)], torch.Generator()
-        return answer(model, tokenizer, repeated, 96, temperature=0.8, chunk=256,
-                      generator=generator.manual_seed(seed))[0]
+        generator = torch.Generator().manual_seed(seed)
+        return answer(model, tokenizer, prompts, 96, temperature=0.8, chunk=16,
+                      generator=generator, G=each)[0]
 
     half = len(asked) // 2
     with lora.use_adapter(model, "sft"), two_threads() as threads:
