@@ -75,14 +75,17 @@ def read_json(path):
 
     By the standard library: the reader of `datasets` crashes on some damaged files."""
     text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError:  # over several lines: a list
+    if text.lstrip().startswith("["):
         rows = json.loads(text)
-    if len(rows) == 1 and isinstance(rows[0], list):  # in one line: a list as well
-        rows = rows[0]
-    if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it holds no list of JSON objects")
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as problem:
+                raise ValueError(f"line {number}: {problem.msg}") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it holds no JSON objects")
     json.dumps(rows, ensure_ascii=False).encode()  # raises for half a character, as "\\ud83d" is
     return rows
 
