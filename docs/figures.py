@@ -277,6 +277,17 @@ def turn(page, script):
     return grid(rows)
 
 
+def vs_trl(page, model):
+    """Time and memory of a step beside TRL's, and how far the losses of both are apart."""
+    rows = [["", "ours / TRL", "seconds", "TRL", "MB", "TRL", "losses differ by at most"]]
+    for task, run in record("vs_trl")[model].items():
+        sides = [run[name] for name in ("ours", "trl")]
+        rows.append([task, f"{run['ratio']:.2f}", *(f"{side['seconds']:.3f}" for side in sides),
+                     *(f"{side['memory']:.0f}" for side in sides),
+                     f"{run['differences']['loss'][0]:.0e}"])
+    return grid(rows)
+
+
 def peaks(page):
     """Peak memory of each script with a larger model on a GPU."""
     found = record("gpu_memory")
@@ -284,7 +295,7 @@ def peaks(page):
 
 
 FIGURES = (minutes, lines, mistakes, file, reinforce, closed_form, kl_in_the_loss, one_prompt,
-           results, compare, took, answers, smollm2, sums, verifiable, turn, peaks)
+           results, compare, took, answers, smollm2, sums, verifiable, turn, vs_trl, peaks)
 
 # ------------------------------------------------------------------------------ command
 
