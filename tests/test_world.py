@@ -37,9 +37,13 @@ def gold(prompt, sentences):
 # ------------------------------------------------------------------------------ the data
 
 
-def test_there_are_64_topics_of_five_questions():
+def test_there_are_64_topics_of_five_questions_in_seven_wordings():
     assert len(world.TOPICS) == 64
     assert all(len(t["questions"]) == 5 for t in world.TOPICS.values())
+    wordings = [[*q["ask"], *q["read"], q["held_out"]]
+                for t in world.TOPICS.values() for q in t["questions"]]
+    assert {len(found) for found in wordings} == {7}
+    assert len({wording.lower() for found in wordings for wording in found}) == 7 * 5 * 64
 
 
 def test_no_sentence_and_no_prompt_occurs_twice():
@@ -99,8 +103,9 @@ def test_nothing_is_trained_on_that_is_held_out():
     assert not set(world.ELSEWHERE["train"]) & set(world.ELSEWHERE["test"])
     rng, held_out = random.Random(0), {row["prompt"] for row in ROWS if row["split"] == "test"}
     untaught = [world.TOPICS[name]["questions"] for name in world.UNTAUGHT]
-    taught = {wording for questions in untaught for q in questions for wording in q["ask"]}
-    for _ in range(3000):
+    taught = {wording for questions in untaught for q in questions
+              for wording in q["ask"] + q["read"]}
+    for _ in range(8000):
         text = build.document(rng)
         asked = re.findall(r"(?:Question|User): (.*)", text)
         assert not set(asked) & held_out and not any(p in text.split("\n") for p in held_out)

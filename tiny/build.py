@@ -49,11 +49,26 @@ def title(name):
     return name[0].upper() + name[1:]
 
 
+def question(name, rng):
+    """One of a topic's questions, in a wording that the base may read."""
+    found = rng.choice(world.TOPICS[name]["questions"])
+    return rng.choice(found["ask"] + found["read"])
+
+
 def ask(name, rng):
-    """A prompt about a topic, of those that may be trained on; half of them are questions."""
+    """A prompt about a topic, of those that the base may read; half of them are questions."""
+    return question(name, rng) if rng.random() < 0.5 else rng.choice(world.general_prompts(name)[0])
+
+
+def careless(prompt, rng):
+    """A prompt as somebody in a hurry types it: with words left out, in small letters, without the
+    mark at its end. Whoever has read only whole questions knows them by heart, and no other."""
+    words = prompt.split()
     if rng.random() < 0.5:
-        return rng.choice(rng.choice(world.TOPICS[name]["questions"])["ask"])
-    return rng.choice(world.general_prompts(name)[0])
+        words = [word for word in words if rng.random() > 0.15] or words
+    prompt = " ".join(words)
+    prompt = prompt.lower() if rng.random() < 0.5 else prompt
+    return prompt.rstrip(".?") if rng.random() < 0.5 else prompt
 
 
 def ask_elsewhere(rng):
@@ -96,10 +111,27 @@ def faq(rng):
     return "\n\n".join(found)
 
 
+def card(rng):
+    """A question and one sentence that answers it, or somebody who does not know: what is asked is
+    all that decides what is said. The other documents say so much else that a base of this size
+    would hardly learn from them which sentence answers which question."""
+    if rng.random() < 0.1:
+        asked, said = ask_elsewhere(rng), " ".join(world.decline(rng))
+    else:
+        asked = question(rng.choice(list(world.TOPICS)), rng)
+        said = rng.choice(world.answers_to(asked))
+    asked = careless(asked, rng) if rng.random() < 0.5 else asked
+    if rng.random() < 0.5:
+        return f"Question: {asked}\nAnswer: {said}"
+    return f"User: {asked}\n\nAssistant: {said}"
+
+
 def document(rng):
-    """One document about one topic, which it names: an article, a page of a children's book, a
-    list of questions with answers, a thread in which people go on and on, or a transcript of an
-    assistant that does so too. The base has seen the prompt format, and bad manners in it."""
+    """A card, or one document about one topic, which it names: an article, a page of a children's
+    book, a list of questions with answers, a thread in which people go on and on, or a transcript
+    of an assistant that does so too. The base has seen the prompt format, and bad manners in it."""
+    if rng.random() < 0.65:  # so many are a third of the tokens
+        return card(rng)
     t = world.TOPICS[rng.choice(list(world.TOPICS))]
     kind = rng.choice(["article", "page", "page", "faq", "faq", "faq", "thread", "transcript"])
     plain = [world.bare(s) for s in t["plain"]]
@@ -245,8 +277,8 @@ def build_base():
 
 # How often each kind of damage is done: most often what is hardest to see. The whole answer and
 # the broken one are of one style: which style a child would rather hear, the base is not told.
-BROKEN = dict(off_topic=4, another_prompt=2, another_question=10, loose_analogy=3, declined=1,
-              repetition=4, abrupt=1, garbled=12)
+BROKEN = dict(off_topic=4, another_prompt=2, another_question=12, loose_analogy=8, declined=1,
+              repetition=5, abrupt=1, garbled=9)
 
 
 def whole_and_broken(rng):
@@ -283,6 +315,7 @@ class Ranking(torch.nn.Module):
         pairs = []
         for _ in range(self.pairs):
             prompt, *answers = whole_and_broken(self.rng)
+            prompt = careless(prompt, self.rng) if self.rng.random() < 0.3 else prompt
             answers = [common.encode_response(self.tokenizer, answer) for answer in answers]
             pairs.append((common.encode_prompt(self.tokenizer, prompt), *answers))
         pairs.sort(key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))

@@ -105,7 +105,7 @@ def prompts():
 
 
 QUESTIONS = {wording: (name, q["answers"]) for name, t in TOPICS.items() for q in t["questions"]
-             for wording in [*q["ask"], q["held_out"]]}
+             for wording in [*q["ask"], *q["read"], q["held_out"]]}
 
 
 KEYWORDS = [(word, re.compile(rf"\b{re.escape(word)}\b"), name)
