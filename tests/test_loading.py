@@ -121,6 +121,12 @@ def test_a_folder_that_holds_no_model_is_refused(folder):
     refusal(folder)
 
 
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    refusal(folder)
+
+
 def test_a_tokenizer_without_an_end_is_refused(folder):
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
