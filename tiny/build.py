@@ -460,19 +460,19 @@ def pair_of(asked, pools, rng):
 
 def judged_pairs(split, n, rng):
     """n pairs, each judged once by a labeller who prefers a to b with probability
-    sigmoid((gold(a) - gold(b)) / LABEL_TEMPERATURE). No two answers of a pair are equal, and no
-    pair comes twice."""
+    sigmoid((gold(a) - gold(b)) / LABEL_TEMPERATURE). Two answers that are equally good are passed
+    over, and no pair comes twice."""
     pools, rows, seen = answer_pools(split, each=16), [], set()
     for asked in draw(split, n, rng):
         for _ in range(100):
             a, b, made = pair_of(asked, pools, rng)
             key = (asked["prompt"], frozenset((a, b)))
-            if a != b and a and b and key not in seen:
+            gold_a, gold_b = (world.gold_score(asked["prompt"], text) for text in (a, b))
+            if gold_a != gold_b and a and b and key not in seen:
                 break
         else:
             continue
         seen.add(key)
-        gold_a, gold_b = (world.gold_score(asked["prompt"], x) for x in (a, b))
         p = 1 / (1 + math.exp((gold_b - gold_a) / LABEL_TEMPERATURE))
         if rng.random() > p:
             a, b, p = b, a, 1 - p
