@@ -443,14 +443,14 @@ def answer_pools(split, each):
     return pools
 
 
-def pair_of(asked, pools, rng):
-    """Two answers to the prompt `asked` and how the pair was made.
+def pair_of(asked, pools, damage, rng):
+    """Two answers to the prompt `asked` and how the pair was made: two samples, or with `damage`
+    the best of the samples and a damaged copy of it.
 
-    Half of the pairs are two samples. The others set the best of the samples against a damaged copy
-    of itself: optimisation will try these failures, and a reward model that never saw them compared
-    cannot know that people dislike them. The best stands for what later policies write."""
+    Optimisation will try these failures, and a reward model that never saw them compared cannot
+    know that people dislike them. The best stands for what later policies write."""
     pool = pools[asked["prompt"]]
-    if rng.random() < 0.5:
+    if not damage:
         return *rng.sample(pool, 2), "samples"
     flaw = rng.choices(list(world.FLAWS.values()), DAMAGE.values())[0]
     sentences = world.split_sentences(pool[0])
@@ -464,8 +464,9 @@ def judged_pairs(split, n, rng):
     over, and no pair comes twice."""
     pools, rows, seen = answer_pools(split, each=16), [], set()
     for asked in draw(split, n, rng):
+        damage = rng.random() < 0.5
         for _ in range(100):
-            a, b, made = pair_of(asked, pools, rng)
+            a, b, made = pair_of(asked, pools, damage, rng)
             key = (asked["prompt"], frozenset((a, b)))
             gold_a, gold_b = (world.gold_score(asked["prompt"], text) for text in (a, b))
             if gold_a != gold_b and a and b and key not in seen:
