@@ -48,8 +48,8 @@ def load_model(name="tiny", device="auto", dtype="auto", trust_remote_code=False
     dtypes["auto"] = dtypes["bf16" if device == "cuda" else "fp32"]
     more = {"trust_remote_code": trust_remote_code}
     tokenizer = load_pretrained(AutoTokenizer, name, **more)
-    if end_of_turn(tokenizer) is None:
-        raise ValueError(f"the tokenizer of {name} has no EOS token: no answer could end")
+    if end_of_turn(tokenizer) is None or not tokenizer("a").input_ids:
+        raise ValueError(f"{name} has no tokenizer with an EOS token, at which an answer could end")
     if str(name).endswith(".gguf"):  # unpacked to plain linear layers, which can take an adapter
         more["quantization_config"] = GgufConfig(dequantize=True)
     more["dtype"] = dtypes[dtype]

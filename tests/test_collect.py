@@ -202,7 +202,7 @@ def test_training_on_a_file_with_a_cut_line_names_the_line(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert not logged  # `datasets` would print what it logs
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert "d.jsonl" in error and "row 2" in error  # counted from 0
+    assert "d.jsonl" in error and "line 3: " in error
     assert Path("d.jsonl").read_bytes() == whole[:-30] and not Path("out").exists()
 
 
