@@ -86,7 +86,7 @@ def read_json(path):
                 raise ValueError(f"line {number}: {problem.msg}") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError("it holds no JSON objects")
-    json.dumps(rows, ensure_ascii=False).encode()  # raises for half a character, as "\\ud83d" is
+    json.dumps(rows, ensure_ascii=False).encode()  # raises for half a character, as "\ud83d" is
     return rows
 
 
