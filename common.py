@@ -46,13 +46,14 @@ def load_model(name="tiny", device="auto", dtype="auto", trust_remote_code=False
         raise ValueError(f"the device {device} is not available here; use cpu")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     dtypes["auto"] = dtypes["bf16" if device == "cuda" else "fp32"]
-    more = {"trust_remote_code": trust_remote_code}
-    tokenizer = load_pretrained(AutoTokenizer, name, **more)
-    if end_of_turn(tokenizer) is None or not tokenizer("a").input_ids:
-        raise ValueError(f"{name} has no tokenizer with an EOS token, at which an answer could end")
+    more = {"trust_remote_code": trust_remote_code, "dtype": dtypes[dtype]}
+    tokenizer = load_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    if not tokenizer("a").input_ids:  # transformers makes an empty one where no file of one is
+        raise ValueError(f"{name} has no tokenizer")
+    if end_of_turn(tokenizer) is None:
+        raise ValueError(f"the tokenizer of {name} has no EOS token: no answer could end")
     if str(name).endswith(".gguf"):  # unpacked to plain linear layers, which can take an adapter
         more["quantization_config"] = GgufConfig(dequantize=True)
-    more["dtype"] = dtypes[dtype]
     model, info = load_pretrained(AutoModelForCausalLM, name, use_safetensors=True,
                                   output_loading_info=True, **more)
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
@@ -193,8 +194,7 @@ def read(model, x, x_mask, y, mask, states=False):
     and t answer tokens, so it predicts answer token t (counted from 0). The last column has read
     the whole answer. The G answers to a prompt share one reading of it, where that saves much."""
     G, R = len(y) // len(x), y.shape[1]
-    attention = x_mask.repeat_interleave(G, 0)  # [B, P]
-    attention = torch.cat([attention, mask.long()], 1)  # [B, P+R]
+    attention = torch.cat([x_mask.repeat_interleave(G, 0), mask.long()], 1)  # [B, P+R]
     cache = DynamicCache(config=model.config)
     if (len(y) - len(x)) * x.shape[1] < WORTH or not can_share(model, cache):
         ids = torch.cat([x.repeat_interleave(G, 0), y], 1)  # [B, P+R]

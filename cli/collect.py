@@ -64,8 +64,8 @@ def two_answers(model, tokenizer, prompt, args, tries=4):
     """[(text, stopped by itself)] of two different answers, in random order; None if no try brings
     two that differ and are not empty."""
     for _ in range(tries):
-        texts, stopped = answer(model, tokenizer, [prompt] * 2, args.max_new_tokens,
-                                args.temperature, args.max_length)
+        texts, stopped = answer(model, tokenizer, [prompt], args.max_new_tokens,
+                                args.temperature, args.max_length, G=2)
         one, two = (text.strip() for text in texts)
         if one and two and one != two:
             return [(texts[i], stopped[i]) for i in torch.randperm(2).tolist()]

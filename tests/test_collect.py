@@ -37,7 +37,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 def session(monkeypatch, keys, answers, prompts=200, goal=100):
     """The rows of collect.judge with typed keys; answers(prompt) stands in for the model."""
-    def answer(model, tokenizer, prompts, *rest):
+    def answer(model, tokenizer, prompts, *rest, G):
         return [*answers(prompts[0])], [True, True]
 
     monkeypatch.setattr(collect, "answer", answer)
@@ -109,7 +109,7 @@ def test_the_same_or_empty_answers_are_drawn_again_and_then_passed_over(monkeypa
 
 
 def test_an_answer_that_did_not_stop_is_marked_on_the_screen_only(monkeypatch, capsys):
-    monkeypatch.setattr(collect, "answer", lambda *rest: (["whole", "half"], [True, False]))
+    monkeypatch.setattr(collect, "answer", lambda *rest, G: (["whole", "half"], [True, False]))
     pair = collect.two_answers(None, None, "q", Namespace(
         max_new_tokens=8, temperature=1.0, max_length=64))
     assert dict(pair) == {"whole": True, "half": False}
