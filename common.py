@@ -50,8 +50,10 @@ def load_model(name="tiny", device="auto", dtype="auto", trust_remote_code=False
     dtypes["auto"] = dtypes["bf16" if device == "cuda" else "fp32"]
     more = {"trust_remote_code": trust_remote_code, "dtype": dtypes[dtype]}
     tokenizer = load_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
-    if end_of_turn(tokenizer) is None or not tokenizer("a").input_ids:
-        raise ValueError(f"{name} has no tokenizer with an EOS token, at which an answer could end")
+    if not tokenizer("a").input_ids:  # transformers makes an empty one where no file of one is
+        raise ValueError(f"{name} has no tokenizer")
+    if end_of_turn(tokenizer) is None:
+        raise ValueError(f"the tokenizer of {name} has no EOS token: no answer could end")
     if str(name).endswith(".gguf"):  # unpacked to plain linear layers, which can take an adapter
         more["quantization_config"] = GgufConfig(dequantize=True)
     model, info = load_pretrained(AutoModelForCausalLM, name, use_safetensors=True,
@@ -201,8 +203,7 @@ def read(model, x, x_mask, y, mask, states=False):
         return forward(model, ids, attention, R + 1, states)
     # The prompt is read once, with gradient. Its keys and values are then repeated for the G
     # answers, and what the answers send back through them adds up there.
-    first = forward(model, x, x_mask, 1, states, cache)  # [N, 1, ...]
-    first = first.repeat_interleave(G, 0)
+    first = forward(model, x, x_mask, 1, states, cache).repeat_interleave(G, 0)  # [B, 1, ...]
     cache.batch_repeat_interleave(G)
     rest = forward(model, y, attention, R, states, cache)  # [B, R, ...]
     return torch.cat([first, rest], 1)
@@ -327,8 +328,7 @@ def processes():
 
 def share(items):
     """What this process does of the work of K: every K-th item. Without torchrun, all of it."""
-    rank, size = processes()
-    return itertools.islice(items, rank, None, size)
+    return itertools.islice(items, processes()[0], None, processes()[1])
 
 
 def add_up(x, largest=False):

@@ -246,7 +246,8 @@ def verifiable(page, table):
         cells = [[run["after"][column] for run in runs] for column in columns]
         if table == "flags":
             drawn = [mean(run["curves"]["dead_groups"]) for run in runs]
-            left = [mean(run["curves"]["zero_std_groups"]) / 4 for run in runs]  # 4 groups a step
+            groups = runs[0]["config"]["batch_size"] / runs[0]["config"]["group_size"]  # a step
+            left = [mean(run["curves"]["zero_std_groups"]) / groups for run in runs]
             cells += [drawn, left if name == "resample" else drawn]
         rows.append([label, *map(comparison.spread, cells)])
     more = ["without spread: groups drawn", "groups learnt from"] if table == "flags" else []
