@@ -131,7 +131,7 @@ def test_a_tokenizer_without_an_end_is_refused(folder):
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
-    assert "no tokenizer with an EOS token" in refusal(folder)
+    assert "no EOS token" in refusal(folder)
 
 
 def test_a_device_that_is_not_here_is_refused(folder):
