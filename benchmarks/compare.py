@@ -1,15 +1,15 @@
 """DPO, PPO, TRPO and GRPO side by side on the tiny world, with best-of-n and plain SFT.
 
     python benchmarks/compare.py            all; what has run from this tiny/ is not run again
-    python benchmarks/compare.py --table    trains nothing: the table of what has run so far
-    python benchmarks/compare.py --quick    14 steps, one seed, one --beta: to see that it works
+    python benchmarks/compare.py --table    trains nothing: prints and writes what has run so far
+    python benchmarks/compare.py --quick    a few steps, one seed: to see that it works
 
-All start from tiny/sft and look at 1600 answers, in 200 steps of 8, dpo at as many labelled pairs.
-Three seeds with otherwise default flags, seed 0 with another --beta, and one PPO run without a KL
-penalty that goes on for too long. Beside them stands what a sceptic asks for: SFT on good
-demonstrations alone, which are friendly and answer what they are asked.
-Every policy is judged from outside by tiny/judge.py, on held-out prompts: by the reward model it
-was trained on (score) and by the hidden preference it never saw (gold).
+All start from tiny/sft and take 200 steps. PPO, TRPO and GRPO learn from 8 sampled answers a step,
+DPO from 8 labelled pairs. Three seeds with otherwise default flags, seed 0 with another --beta, and
+one PPO run without a KL penalty that goes on for too long. Beside them stands what a sceptic asks
+for: SFT on good demonstrations alone, which are friendly and answer what they are asked. Every
+policy is judged from outside by tiny/judge.py, on held-out prompts: by the reward model that PPO,
+TRPO and GRPO were trained on (score) and by the hidden preference it never saw (gold).
 
 Runs go to runs/compare and the numbers to benchmarks/compare.json. From them
 `python docs/figures.py` writes the tables of the pages, and `python docs/draw.py --record curves`
@@ -51,7 +51,7 @@ def plan(args, folder):
         runs |= {f"{script}-seed{seed}": [*same, "--seed", str(seed)] for seed in seeds}
         if not args.quick:
             runs[f"{script}-beta{beta:g}"] = [*same, "--beta", str(beta)]
-    from tiny import build  # here, for it loads torch, and whoever wants the table needs none
+    from tiny import build  # here, for it loads torch, and docs/figures.py needs only table()
     good = folder / "good.jsonl"
     good.write_text("".join(json.dumps(row) + "\n" for row in build.good_demonstrations()))
     runs["sft-good"] = ["sft.py", "--data", os.path.relpath(good, ROOT)]

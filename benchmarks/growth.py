@@ -4,10 +4,11 @@
     python benchmarks/growth.py ppo grpo    only these
 
 A Llama with random weights takes steps of a script. One size at a time is doubled, three times, and
-all others stay as they are. Nothing may grow faster than the work: with the width of the model the
-arithmetic grows by up to four for each doubling, with everything else by two. Answers never end
-early, so that each has the length that it is allowed. The medians go to benchmarks/growth.json, and
-`python docs/draw.py` draws them.
+all others stay as they are. No time should grow faster than the arithmetic does: twice the width
+makes that up to four times as much, and twice of anything else makes it twice as much. (Attention
+alone grows with the square of the length, but is a small part here.) Answers never end early, so
+that each has the length that it is allowed. The medians go to benchmarks/growth.json, and `python
+docs/draw.py` draws them.
 """
 
 import argparse

@@ -1,13 +1,12 @@
-"""What each script's first three hyper-parameters do: one turned down or up at a time.
+"""What each script's most important hyper-parameters do: one at a time is turned down or up.
 
     python benchmarks/turn.py             all runs, two at a time; what has run is not run again
     python benchmarks/turn.py ppo dpo     only these scripts
 
-Each run has 100 steps and the default of everything else, with the tiny model and seed 0. It is
-judged on held-out prompts by tiny/judge.py (policies), or by the script's own table (sft and
-reward_model). Beside that stand the means of its last 20 steps, in which one sees what went too
-far. The numbers go to benchmarks/turn.json, and `python docs/figures.py` writes the tables of the
-pages.
+Each run has 100 steps and the default of everything else, with the tiny model and seed 0.
+tiny/judge.py judges all but those of reward_model on held-out prompts. The table that the script
+prints is kept, too, and the means of the last 20 steps, which show what went too far. The numbers
+go to benchmarks/turn.json, and `python docs/figures.py` writes the tables of the pages.
 """
 
 import argparse
@@ -27,8 +26,8 @@ from benchmarks import compare  # noqa: E402
 RECORD = ROOT / "benchmarks" / "turn.json"
 STEPS = 100
 TURN = {  # flag: (down, up); the default is between them
-    "sft": {"lr": (3e-4, 3e-2), "batch-size": (4, 32), "lora-rank": (2, 64)},
-    "reward_model": {"lr": (1e-4, 1e-2), "batch-size": (4, 32), "center": (0.01, 1.0)},
+    "sft": {"lr": (3e-4, 3e-2), "batch-size": (8, 64), "lora-rank": (2, 64)},
+    "reward_model": {"lr": (1e-4, 1e-2), "batch-size": (8, 64), "center": (0.0, 0.1)},
     "ppo": {"lr": (1e-4, 5e-3), "beta": (0.0, 0.5), "ppo-epochs": (1, 8)},
     "grpo": {"lr": (1e-4, 5e-3), "beta": (0.0, 0.5), "group-size": (2, 8)},
     "trpo": {"max-kl": (1e-4, 1e-2), "beta": (0.0, 0.5), "cg-iters": (2, 20)},

@@ -9,7 +9,8 @@
                        is whole and which is broken
     3. demonstrations  questions with answers of mixed quality, as a crowd writes them
     4. sft             python sft.py
-    5. preferences     pairs sampled from the SFT model, some damaged, judged by a noisy labeller
+    5. preferences     pairs of answers of the SFT model, half of them with a damaged
+                       copy, judged by a noisy labeller
     6. reward          python reward_model.py
 """
 
@@ -62,7 +63,8 @@ def ask(name, rng):
 
 def careless(prompt, rng):
     """A prompt as somebody in a hurry types it: with words left out, in small letters, without the
-    mark at its end. Whoever has read only whole questions knows them by heart, and no other."""
+    mark at its end. A base that has read only whole questions learns them by heart, and understands
+    no others."""
     words = prompt.split()
     if rng.random() < 0.5:
         words = [word for word in words if rng.random() > 0.15] or words
@@ -72,8 +74,8 @@ def careless(prompt, rng):
 
 
 def ask_elsewhere(rng):
-    """A prompt about something that no topic is about, in a thousand words for it: the base must
-    not take a word that it has hardly read for a topic that it knows."""
+    """A prompt about something that no topic is about, with one of some 300 things in it: the base
+    must not mistake a word that it has hardly read for a topic that it knows."""
     if rng.random() < 0.2:
         return rng.choice(rng.choice(list(world.ELSEWHERE["train"].values())))
     thing, other = rng.sample(world.ELSEWHERE["things"], 2)
@@ -83,9 +85,9 @@ def ask_elsewhere(rng):
 
 
 def transcript(rng):
-    """An assistant that answers in technical terms and goes on and on, but says nothing twice: who
-    is taught to repeat himself in the format of a chat does so there ever after. It answers half of
-    the questions; of what it does not know it says so."""
+    """An assistant that often slips into technical terms and goes on and on. It answers half of the
+    questions, and says so when it does not know. It never says a sentence twice: a base that learns
+    to repeat itself in the format of a chat keeps doing so there."""
     if rng.random() < 0.15:
         return f"User: {ask_elsewhere(rng)}\n\nAssistant: {' '.join(world.decline(rng))}"
     name = rng.choice(list(world.TOPICS))
@@ -130,7 +132,7 @@ def document(rng):
     """A card, or one document about one topic, which it names: an article, a page of a children's
     book, a list of questions with answers, a thread in which people go on and on, or a transcript
     of an assistant that does so too. The base has seen the prompt format, and bad manners in it."""
-    if rng.random() < 0.65:  # so many are a third of the tokens
+    if rng.random() < 0.65:  # cards are short: these are 28 % of the tokens
         return card(rng)
     t = world.TOPICS[rng.choice(list(world.TOPICS))]
     kind = rng.choice(["article", "page", "page", "faq", "faq", "faq", "thread", "transcript"])
@@ -353,14 +355,14 @@ def build_ranking():
 # ------------------------------------------------------------------------------ demonstrations
 
 STYLES = {"plain": 0.38, "technical": 0.28, "friendly": 0.18, "flawed": 0.16}
-ANSWERED = 0.35  # of the questions; of prompts about something else so many say "I do not know"
+ANSWERED = 0.35  # share of the questions that get an answer
 
 
 def demonstration(asked, rng):
     """The sentences of one answer, as one of a crowd writes it."""
     prompt, topic = asked["prompt"], asked["topic"]
     if topic is None and rng.random() < 0.35:
-        return world.declined([], prompt, None, rng)  # knows better, and talks of what it knows
+        return world.declined([], prompt, None, rng)  # talks about one of its topics instead
     style = rng.choices(list(STYLES), STYLES.values())[0]
     answers = rng.random() < ANSWERED
     if style != "flawed":

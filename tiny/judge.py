@@ -4,13 +4,14 @@
     python tiny/judge.py --best-of 4 64            what picking among n samples of the SFT reaches
     python tiny/judge.py --probe                   does the reward model see each flaw?
 
-All on the held-out prompts, sampled at the temperature of ppo.py. Columns: gold (mean gold_score);
-answered (of the topics' own questions, the share that gets an answer), untaught (the same for
-topics that only the pretraining documents are about); declined (of the prompts about nothing in
-this world, the share that is told so); together (of the answers with an analogy, the share whose
-analogies all explain what was said); damaged (the share of sentences that are garbled, made up or
-said before); stops (share that ends by itself); score (reward model) and its standard deviation; KL
-(to the SFT model, nats per response); tokens; top answer (the largest share that one answer has).
+All of it on the held-out prompts, with answers sampled at the temperature of ppo.py. Columns: gold
+(mean gold_score); answered (of the topics' own questions, the share that gets an answer), untaught
+(the same for the eight topics that only the base was trained on); declined (of the prompts about
+nothing in this world, the share that is told so); together (of the answers with an analogy, the
+share whose analogies all explain what was said); damaged (the share of sentences that are garbled,
+made up or said before); stops (share that ends by itself); score (reward model) and its standard
+deviation; KL (to the SFT model, nats per response); tokens; top answer (the largest share that one
+answer has).
 """
 
 import json

@@ -22,7 +22,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TOPICS = {t["name"]: t for t in json.loads((HERE / "topics.json").read_text())}
 ELSEWHERE = json.loads((HERE / "elsewhere.json").read_text())
-# Topics that only the pretraining documents are about: no demonstration, no pair, no prompt.
+# Topics that only the base was trained on: no demonstration, no pair and no training prompt is
+# about them.
 UNTAUGHT = list(TOPICS)[5::8]
 FACTS = ("plain", "technical", "analogy")
 
@@ -148,8 +149,8 @@ def decline(rng):
 def compose(prompt, topic, style, rng, answers=True):
     """A list of sentences in answer to `prompt`, which is about `topic` (a name, or None), in the
     style "technical", "plain" or "friendly"; rng is a random.Random. Only "friendly" has all that
-    people prefer. answers: whether it answers the question, where the prompt is one, or only says
-    something about the topic."""
+    people prefer. answers: if the prompt is one of the questions, whether to answer it or only to
+    say something about the topic."""
     if topic is None:
         return decline(rng)
     t = TOPICS[topic]
@@ -225,7 +226,8 @@ def loose_analogy(sentences, prompt, topic, rng):
 
 
 def declined(sentences, prompt, topic, rng):
-    """Says that it does not know, and is asked what it knows; or the other way around."""
+    """Says that it does not know, although the prompt is about a topic; talks about a topic, where
+    the prompt is about something else."""
     return decline(rng) if topic else another_prompt(sentences, prompt, topic, rng)
 
 
@@ -257,7 +259,7 @@ def abrupt(sentences, prompt, topic, rng):
 
 
 def rambling(sentences, prompt, topic, rng):
-    """Two to four sentences of filler, anywhere behind the first sentence."""
+    """Two to four sentences of filler, anywhere after the first sentence."""
     out = list(sentences)
     for filler in rng.sample(FILLERS, rng.randint(2, 4)):
         out.insert(rng.randint(1, len(out)), filler)
@@ -342,8 +344,8 @@ def lookup(sentence):
 
 
 def split_sentences(text):
-    """At the single spaces behind full stops; what other white space joins stays joined. Yes and No
-    belong to the sentence that follows."""
+    """At single spaces after a full stop, question mark or exclamation mark; sentences that any
+    other white space joins stay one. Yes and No belong to the sentence that follows."""
     parts = re.split(r"(?<=[.!?]) (?=\S)", text)
     for i in reversed(range(len(parts) - 1)):
         if parts[i] in ("Yes.", "No."):
@@ -358,9 +360,10 @@ def gold_score(prompt, response):
         0.6   answers: a sentence that answers the question, where `prompt` is one of the questions;
               to any other prompt about a topic, a plain fact about it (a technical one is half)
         0.15  compares: an analogy whose fact stands in the answer, too
-        0.15  ends well: the last sentence is a question back to the child, about the topic
-        0.1   speaks to the child: opens with one greeting
-    and where the prompt is about no topic of this world:
+        0.15  ends well: asks the child something about the topic (a fault unless it comes last)
+        0.1   speaks to the child: has a greeting (a fault unless it comes first)
+    (an answer that tells no fact about the topic gets 0), and where the prompt is about no topic of
+    this world:
         0.7   says that it does not know
         0.3   offers, in its last sentence, a topic that it could talk about
     Faults, each multiplying the sum:
