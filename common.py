@@ -216,7 +216,7 @@ def micro_batches(batch, size=None, groups=None):
     whole groups, the shortest first and cut to what they need, or a piece of one group."""
     N, B = len(batch["x"]), len(batch["y"])
     groups, G = torch.arange(N) if groups is None else groups, B // N
-    size = size or -(-len(groups) * G // processes()[1])  # a part for every process
+    size = min(size or B, -(-len(groups) // processes()[1]) * G)  # a part for every process
     length = batch["mask"].sum(1).long().cpu()  # [B]
     longest = length.view(N, G).amax(1)[groups]  # [n]
     for some in groups[longest.argsort(stable=True)].split(max(1, size // G)):
@@ -327,12 +327,12 @@ def processes():
 
 
 def share(items):
-    """What this process does of the work of K: every K-th item. Without torchrun, all of it."""
+    """Every K-th item: what this one of K processes does. Without torchrun, all of them."""
     return itertools.islice(items, processes()[0], None, processes()[1])
 
 
 def add_up(x, largest=False):
-    """The sum of a tensor over all processes, in its place, or of a number; or the largest."""
+    """The sum of a tensor over all processes (in place) or of a float, or the largest of them."""
     if isinstance(x, float):
         return add_up(torch.tensor(x, dtype=torch.float64), largest).item()
     if processes()[1] > 1:
@@ -341,7 +341,7 @@ def add_up(x, largest=False):
 
 
 def add_gradients(parameters):
-    """Gives every process the sum of all their gradients, each that of a share of the batch."""
+    """Sums the gradients, each of a share of the batch, over all processes."""
     if processes()[1] > 1:
         for p in parameters:
             p.grad = add_up(torch.zeros_like(p) if p.grad is None else p.grad)

@@ -239,7 +239,7 @@ def main(argv=None):
             write(row, samples, state)
 
         train(model, tokenizer, rows, config, log, state)
-        after = after or evaluate(model, tokenizer, test, config)  # killed behind the last step
+        after = after or evaluate(model, tokenizer, test, config)  # killed after the last step
         runs.finish(args, config, model, "policy", before, after)
 
 

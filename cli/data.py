@@ -65,8 +65,9 @@ def parse_row(row):
 def is_text(value):
     """Whether a parsed value is a text, or a list of messages, and not empty."""
     if isinstance(value, list):
-        turns = [turn.get("content") if isinstance(turn, dict) else None for turn in value]
-        return bool(turns) and all(isinstance(text, str) for text in turns)
+        return bool(value) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str) for turn in value)
     return isinstance(value, str) and value != ""
 
 

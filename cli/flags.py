@@ -35,11 +35,11 @@ RUN = {"out": None, "training": False, "stop": False}
 
 
 def fail(message):
-    """Ends the program with one line on stderr and exit code 2. Before a run begins, what one of
-    several processes finds wrong all find, and the first says it."""
-    if RUN["out"] or common.processes()[0] == 0:
-        stream = sys.__stderr__ if common.processes()[0] else sys.stderr
-        print("error:", " ".join(str(message).split()), file=stream)
+    """Ends the program with one line on stderr and exit code 2. Of several processes, each speaks
+    for itself: it may be the only one that found something, in its share of the work."""
+    rank = common.processes()[0]
+    print(f"error (process {rank}):" if rank else "error:", " ".join(str(message).split()),
+          file=sys.__stderr__ if rank else sys.stderr)
     raise SystemExit(2)
 
 
@@ -47,7 +47,7 @@ def join():
     """Joins the processes that torchrun started, if it did. All but the first print errors only."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if dist.get_rank() > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # progress bars, too
@@ -61,8 +61,8 @@ def errors():
     before = signal.getsignal(signal.SIGINT)
     if ours and before is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
-    join()
     try:
+        join()
         yield
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -75,7 +75,7 @@ def errors():
         if common.processes()[0] > 0:
             raise SystemExit(2) from None
         print(file=sys.stderr)  # below the progress bar
-        more = f"python {Path(sys.argv[0]).name} --resume {RUN['out']} goes on"
+        more = f"python {sys.argv[0]} --resume {RUN['out']} goes on"
         fail(f"interrupted; {more if RUN['out'] else 'nothing was written'}")
     finally:
         if ours:
@@ -89,7 +89,8 @@ def interrupt(number, frame):
     if not RUN["training"] or RUN["stop"]:
         raise KeyboardInterrupt
     RUN["stop"] = True
-    print("\nends after this step; Ctrl-C once more ends at once", file=sys.stderr)
+    if common.processes()[0] == 0:  # not by print: it may be the progress bar that was interrupted
+        os.write(2, b"\nends after this step; Ctrl-C once more ends at once\n")
 
 
 # ------------------------------------------------------------------------------ types
@@ -250,11 +251,12 @@ def resumed(p, Config, name, argv, folder):
     for key in (action.dest for action in p._actions if action.dest in said):
         value = "none" if said[key] is None and key in numbers else said[key]
         if value is not None and value is not False:
-            words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+            flag = f"--{key.replace('_', '-')}"
+            words.append(flag if value is True else f"{flag}={value}")
     then = vars(p.parse_args(words))
     now = vars(p.parse_args([*words, *(sys.argv[1:] if argv is None else argv)]))
     odd = [f"--{key.replace('_', '-')} {now[key]} (it has {then[key]})" for key in now
-           if now[key] != then[key]]
+           if str(now[key]).lower() != str(then[key]).lower()]
     if odd:
         raise ValueError(f"--resume {folder} goes on with the flags it began with: {odd[0]}")
     if not (Path(folder) / "state.safetensors").exists() and (

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 import traceback
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def checked(spec, function):
             scores = function(prompts, responses, rows)
         except Exception as problem:
             # The user's own traceback, without the frames of this repository above it.
-            traceback.print_exception(problem.with_traceback(problem.__traceback__.tb_next))
+            traceback.print_exception(problem.with_traceback(problem.__traceback__.tb_next),
+                                      file=sys.__stderr__ if common.processes()[0] else None)
             fail(f"--reward {spec} raised {type(problem).__name__}: {problem}; the first of its "
                  f"{len(prompts)} prompts was {prompts[0][:60]!r}")
         try:

@@ -23,7 +23,8 @@ def start(args, config, model, name, before):
     """(log, state): what `train` calls once per step, and what it goes on from (None: anew).
 
     before: (statistics, samples) of the model before training. The folder is --out, or the next
-    free runs/<script>; it gets config.json, all flags and versions, and samples.jsonl."""
+    free runs/<script>; it gets config.json, all flags and versions, and samples.jsonl. With
+    --resume the folder is there, and the logs lose what is to be made again."""
     first = common.processes()[0] == 0  # of several processes, it does all the writing
     state = saved.read(args.resume, model) if args.resume else None
     if first:
@@ -35,6 +36,7 @@ def start(args, config, model, name, before):
             print(f"goes on with step {state['step']} of {config.steps}")
     flags.RUN.update(out=args.out or "the run", training=True)
     before_even = {"even": False}
+    seed_rewards(config, state["step"] if state else 0)
 
     def log(row, samples, state):
         check_numbers(row)
@@ -44,8 +46,10 @@ def start(args, config, model, name, before):
         stop = common.add_up(float(flags.RUN["stop"]), largest=True)
         if first:
             write(row, samples, state, stop)
+        seed_rewards(config, done)
         if stop:
             raise KeyboardInterrupt
+
 
     def write(row, samples, state, stop):
         append(args.out / "metrics.jsonl", row)
@@ -65,19 +69,26 @@ def start(args, config, model, name, before):
                        f"{row['score']:g}; a batch without differences teaches nothing")
         before_even["even"] = even
         done = row["step"] + 1
-        if done % SAVED == 0 or done == config.steps or stop:
-            saved.write(args.out, model, state)
+        # The adapter first: once the state says that a step is done, nothing of it may be missing.
         if args.save_every and done % args.save_every == 0:
             saved.write_adapter(args.out / f"step-{done}", model, name)
+        if done % SAVED == 0 or done == config.steps or stop:
+            saved.write(args.out, model, state)
 
     return log, state
+
+
+def seed_rewards(config, step):
+    """The random numbers that a reward of the user's may draw: the same when the run goes on."""
+    transformers.set_seed((config.seed + step) % 2**32)
 
 
 def begin(args, config, before):
     """Writes what stands in the folder of a run before its first step."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "transformers": transformers.__version__}
-    said = {**vars(args), **asdict(config), **versions, "out": str(args.out)}
+    said = {**vars(args), **asdict(config), **versions, "out": str(args.out),
+            "resume": None}
     for name in saved.LOGS:
         (args.out / name).write_text("")
     save_samples(args, 0, before[1])
@@ -101,7 +112,8 @@ def check_numbers(row):
     if odd:
         raise ValueError(
             f"step {row['step']}: {', '.join(odd)} is not a finite number, and what is trained may "
-            "be spoilt; try a lower --lr, or --dtype fp32. What was saved before is kept")
+            "be spoilt; begin anew with a lower --lr, or --dtype fp32. What was saved before is "
+            "kept")
 
 
 def make_folder(args):

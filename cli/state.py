@@ -29,6 +29,9 @@ def write(folder, model, state):
     tensors = {}
     tree = pack({"adapters": adapters(model), "train": state, "sizes": sizes}, "", tensors)
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise ValueError("a weight or a moment of the optimizer is not a finite number; begin anew "
+                         "with a lower --lr. What was saved before is kept")
     text = json.dumps(tree)
     write_file(folder / FILE, save(tensors, {"state": text, "check": check(text, tensors)}))
 
@@ -47,7 +50,7 @@ def write_file(path, data):
 
 
 def write_adapter(folder, model, name):
-    """lora.save_adapter, on the disk when this returns. Raises OSError if it cannot."""
+    """lora.save_adapter, flushed when this returns. Raises OSError if it cannot."""
     try:
         lora.save_adapter(model, name, folder)
         for file in Path(folder).glob("adapter_*"):

@@ -247,7 +247,8 @@ def test_a_row_without_its_text_is_dropped_and_data_of_such_rows_refused(
 
 @pytest.mark.parametrize("value, text", [
     ("a", True), ("", False), (None, False), (4, False), ([], False), (["a"], False), ([[]], False),
-    ([{"content": "a"}], True), ([{"content": None}], False), ([{"role": "user"}], False),
+    ([{"role": "user", "content": "a"}], True), ([{"role": "user", "content": None}], False),
+    ([{"role": "user"}], False), ([{"role": 5, "content": "a"}], False), ([{"content": "a"}], False),
 ])
 def test_what_is_no_text_is_told_without_an_exception(value, text):
     assert data.is_text(value) is text

@@ -579,6 +579,22 @@ def test_going_on_from_a_state_is_bit_identical(kind):
     assert equal(values_of(kept["model"], "policy"), values_of(model, "policy"))
 
 
+def test_going_on_reads_the_reference_in_the_same_batches(kind, monkeypatch):
+    """Another batch has other padding, and so other bits."""
+    model, kept, read = toy(kind), {}, []
+    plain = dpo.all_logps
+
+    def all_logps(model, name, pairs, config):
+        read.append([row for row, _, _ in pairs])
+        return plain(model, name, pairs, config)
+
+    monkeypatch.setattr(dpo, "all_logps", all_logps)
+    run(model, lambda row, samples, state: kept.update(copy.deepcopy(state)) if row["step"] == 1
+        else None)
+    run(model, state=kept)
+    assert len(read) == 2 and read[0] == read[1]
+
+
 def test_training_makes_the_chosen_answers_likelier_than_the_rejected_ones(kind):
     """Of pairs that one rule separates the margin grows and all are ranked right."""
     rows = [{"prompt": "a" * n, "chosen": "b" * (n + 1), "rejected": "c" * (n + 1)}
