@@ -1,4 +1,4 @@
-"""Flags from a script's Config, and errors in one line."""
+"""Flags from a script's Config, errors in one line, Ctrl-C, and the processes of torchrun."""
 
 import argparse
 import contextlib
@@ -55,7 +55,8 @@ def join():
 
 @contextlib.contextmanager
 def errors():
-    """Turns what a script, common or lora refuses into one line that begins with `error:`."""
+    """Turns what a script, common or lora refuses into one line that begins with `error:`. Joins
+    the processes of torchrun, and makes the first Ctrl-C let a step end."""
     RUN.update(out=None, training=False, stop=False)
     ours = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT)

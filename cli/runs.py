@@ -23,8 +23,8 @@ def start(args, config, model, name, before):
     """(log, state): what `train` calls once per step, and what it goes on from (None: anew).
 
     before: (statistics, samples) of the model before training. The folder is --out, or the next
-    free runs/<script>; it gets config.json, all flags and versions, and samples.jsonl. With
-    --resume the folder is there, and the logs lose what is to be made again."""
+    free runs/<script>; it gets config.json (all flags and versions), before.json, and the two logs.
+    With --resume the folder is there, and the logs lose what is to be made again."""
     first = common.processes()[0] == 0  # of several processes, it does all the writing
     state = saved.read(args.resume, model) if args.resume else None
     if first:

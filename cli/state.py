@@ -1,7 +1,7 @@
-"""What a run needs in order to go on after it was interrupted, in one file of its folder.
+"""What a run needs, beside its flags and logs, in order to go on after it was interrupted.
 
 state.safetensors holds the adapters, the `state` that train() gives (the step, the optimizer, the
-generators, beta), and how long metrics.jsonl and samples.jsonl were. It is written beside the last
+generator, beta), and how long metrics.jsonl and samples.jsonl were. It is written beside the last
 one and then takes its place, so that a run that is killed at any moment leaves a whole one."""
 
 import json
@@ -20,7 +20,8 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 def write(folder, model, state):
-    """Saves the adapters on `model` and the `state` of train(). Raises OSError if it cannot."""
+    """Saves the adapters on `model` and the `state` of train(). Raises OSError if it cannot, and
+    ValueError for a number that is not finite."""
     sizes = {}
     for name in LOGS:
         with open(folder / name, "ab") as file:  # what the state says is there must be on the disk
