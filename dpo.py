@@ -231,8 +231,8 @@ def train(model, tokenizer, rows, config=Config(), log=None, state=None):
     if state:
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
-    # 1. log pi_ref of the pairs that the run draws. It never changes: once is enough. A run that goes
-    #    on reads all of them again, in the same batches, so that it gets the same bits.
+    # 1. log pi_ref of the pairs that the run draws. It never changes: once is enough. A run that
+    #    goes on reads all of them again, in the same batches, so that it gets the same bits.
     schedule = {step: common.batch_rows(step, len(pairs), config.batch_size, config.seed)
                 for step in range(config.steps)}
     used = sorted({i for index in schedule.values() for i in index})

@@ -120,7 +120,7 @@ def test_both_answers_follow_the_same_piece_of_a_cut_prompt(tokenizer):
     row = {"prompt": "Why? " * 60, "chosen": "Yes.", "rejected": "No, and no. " * 6}
     [(_, prompt, (chosen, rejected))] = reward_model.encode_pairs(tokenizer, [row], 60)
     for ids, side in ((chosen, "chosen"), (rejected, "rejected")):
-        assert ids[:-1] == tokenizer(row[side], add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids[:-1]).strip() == row[side].strip()
     assert len(chosen) < len(rejected) == 60 - len(prompt)
 
 
