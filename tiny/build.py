@@ -279,8 +279,20 @@ def build_base():
 
 # How often each kind of damage is done: most often what is hardest to see. The whole answer and
 # the broken one are of one style: which style a child would rather hear, the base is not told.
-BROKEN = dict(off_topic=4, another_prompt=2, another_question=12, loose_analogy=8, declined=1,
-              repetition=5, abrupt=1, garbled=9)
+BROKEN = dict(off_topic=3, another_prompt=1, another_question=12, loose_analogy=7, declined=1,
+              repetition=16, abrupt=1, garbled=7)
+
+
+def said_again(sentences, rng):
+    """(an answer, the same with a sentence said twice): in the place of another one, so that the
+    length gives nothing away; or a short answer, and the same again and again."""
+    if rng.random() < 0.5 and len(sentences) > 1:
+        i, j = rng.sample(range(len(sentences)), 2)
+        return sentences, [sentences[i if k == j else k] for k in range(len(sentences))]
+    if rng.random() < 0.5:
+        facts = [s for s in sentences if world.lookup(s)[0] in world.FACTS]
+        sentences = [rng.choice(facts or sentences)]
+    return sentences, world.repetition(sentences, None, None, rng)
 
 
 def whole_and_broken(rng):
@@ -291,7 +303,9 @@ def whole_and_broken(rng):
         style = rng.choices(["friendly", "plain", "technical"], [2, 2, 1])[0]
         whole = world.compose(asked, name, style, rng)
         flaw = rng.choices(list(BROKEN), BROKEN.values())[0]
-        if flaw in ("another_prompt", "another_question"):
+        if flaw == "repetition":
+            whole, broken = said_again(whole, rng)
+        elif flaw in ("another_prompt", "another_question"):
             broken = world.FLAWS[flaw](whole, asked, name, rng, style)
         else:
             broken = world.FLAWS[flaw](whole, asked, name, rng)
