@@ -1,6 +1,6 @@
 """A closed world of things a child asks about: its facts, its grammar, and the hidden preference.
 
-topics.json holds 64 topics. Each has five questions, and true sentences written by hand in four
+topics.json holds 40 topics. Each has five questions, and true sentences written by hand in four
 kinds: plain (a child's words), technical (an encyclopedia's), analogies, and closing (a question
 back to the child). A question lists the plain sentences that answer it, an analogy those that it
 explains. elsewhere.json holds prompts about anything else, and ways to say that one does not know.
@@ -24,7 +24,7 @@ TOPICS = {t["name"]: t for t in json.loads((HERE / "topics.json").read_text())}
 ELSEWHERE = json.loads((HERE / "elsewhere.json").read_text())
 # Topics that only the base was trained on: no demonstration, no pair and no training prompt is
 # about them.
-UNTAUGHT = list(TOPICS)[5::8]
+UNTAUGHT = ("electricity", "wind", "planets", "magnets", "owls", "earthquakes", "sleep", "sharks")
 FACTS = ("plain", "technical", "analogy")
 
 OPENERS = [
