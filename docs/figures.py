@@ -195,7 +195,7 @@ def took(page, script):
 
 
 def answers(page, who):
-    """What a model answered to a prompt, as a quote: "ppo: Tell me about ants."."""
+    """What a model answered to a prompt, as a quote: "ppo: Tell me about vaccines."."""
     model, _, prompt = who.partition(": ")
     return "\n> ".join(textwrap.wrap(record("first_run")["answers"][prompt][model], 110))
 
