@@ -283,18 +283,6 @@ BROKEN = dict(off_topic=3, another_prompt=1, another_question=12, loose_analogy=
               repetition=12, abrupt=1, garbled=7)
 
 
-def said_again(sentences, rng):
-    """(an answer, the same with a sentence said twice): in the place of another one, so that the
-    length gives nothing away; or a short answer, and the same again and again."""
-    if rng.random() < 0.5 and len(sentences) > 1:
-        i, j = rng.sample(range(len(sentences)), 2)
-        return sentences, [sentences[i if k == j else k] for k in range(len(sentences))]
-    if rng.random() < 0.5:
-        facts = [s for s in sentences if world.lookup(s)[0] in world.FACTS]
-        sentences = [rng.choice(facts or sentences)]
-    return sentences, world.repetition(sentences, None, None, rng)
-
-
 def whole_and_broken(rng):
     """(prompt, a composed answer, the same one damaged); a quarter are short: a sentence that
     answers the question, and another one about its topic."""
@@ -303,16 +291,16 @@ def whole_and_broken(rng):
         asked = question(name, rng)
         listed = world.answers_to(asked)
         others = [s for s in world.TOPICS[name]["plain"] if s not in listed]
-        return asked, rng.choice(listed), world.bare(rng.choice(others))
+        return asked, rng.choice(listed), rng.choice(others)
     while True:
         name = rng.choice([*world.TOPICS, None]) if rng.random() < 0.9 else None
         asked = ask(name, rng) if name else ask_elsewhere(rng)
         style = rng.choices(["friendly", "plain", "technical"], [2, 2, 1])[0]
         whole = world.compose(asked, name, style, rng)
         flaw = rng.choices(list(BROKEN), BROKEN.values())[0]
-        if flaw == "repetition":
-            whole, broken = said_again(whole, rng)
-        elif flaw in ("another_prompt", "another_question"):
+        if flaw == "repetition" and rng.random() < 0.25:  # a short answer said twice is no long one
+            whole = [rng.choice([s for s in whole if world.lookup(s)[0] in world.FACTS] or whole)]
+        if flaw in ("another_prompt", "another_question"):
             broken = world.FLAWS[flaw](whole, asked, name, rng, style)
         else:
             broken = world.FLAWS[flaw](whole, asked, name, rng)

@@ -242,9 +242,13 @@ def jargon(sentences, prompt, topic, rng):
 
 
 def repetition(sentences, prompt, topic, rng):
-    """One sentence said again, at once or later, once or twice."""
+    """One sentence said again: in the place of another one, so that the length tells nothing; or
+    at once or later, once or twice more."""
     out = list(sentences)
     i = rng.randrange(len(out))
+    if len(out) > 1 and rng.random() < 0.5:
+        out[rng.choice([j for j in range(len(out)) if j != i])] = out[i]
+        return out
     for _ in range(rng.choice([1, 1, 2])):
         out.insert(rng.randint(i + 1, len(out)), out[i])
     return out
