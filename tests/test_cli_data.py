@@ -329,7 +329,7 @@ def test_at_most_eval_size_held_out_rows_are_kept(tmp_path):
 
 @pytest.mark.parametrize("name, content, says", [
     ("none.jsonl", None, "no such file"), ("empty.jsonl", b"", "is empty"),
-    ("half.jsonl", b'{"prompt": "q"', "cannot read"), ("no.parquet", b"PAR0", "cannot read"),
+    ("half.jsonl", b'{"prompt": "q"', "line 1: "), ("no.parquet", b"PAR0", "cannot read"),
     ("half.json", b'[{"prompt": "q"}, {"pro', "cannot read"), ("number.json", b"3", "no JSON obj"),
     ("deep.json", b"[" * 100000, "cannot read"), ("lists.jsonl", b"[1]\n[2]\n", "cannot read"),
     ("surrogate.jsonl", b'{"prompt": "\\ud83d"}', "cannot read"),
