@@ -23,7 +23,8 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import compare as comparison  # noqa: E402
 
-MARKER = re.compile(r"(<!-- (?!end\b)(\w+)(?:: ([^>]*?))? -->)(.*?)(<!-- end -->)", re.S)
+# A marker may be broken over two lines, as any text may.
+MARKER = re.compile(r"(<!--\s+(?!end\b)(\w+)(?::\s+([^>]*?))?\s+-->)(.*?)(<!--\s+end\s+-->)", re.S)
 
 
 def record(name):
@@ -254,41 +255,6 @@ def verifiable(page, table):
     return grid([["", *columns, *more], *rows])
 
 
-POLICY = {"gold": "judged", "answered": "judged", "KL": "judged"}
-TURNED = {  # column: where benchmarks/turn.json has it: judged, of the held-out table, last steps
-    "sft": {"gold": "judged", "answered": "judged", "damaged": "judged", "perplexity": "table"},
-    "reward_model": {"accuracy": "table", "margin": "table", "loss": "table", "grad_norm": "last"},
-    "ppo": {**POLICY, "approx_kl": "last", "clip_fraction": "last", "entropy": "last"},
-    "grpo": {**POLICY, "approx_kl": "last", "clip_fraction": "last", "zero_std_groups": "last"},
-    "trpo": {**POLICY, "kl_step": "last", "backtracks": "last", "entropy": "last"},
-    "dpo": {**POLICY, "accuracy": "last", "margin": "last", "logp_chosen": "last"},
-}
-
-
-def turn(page, script):
-    """What a script's first three hyper-parameters do, each turned down and up."""
-    columns = TURNED[script]
-    rows = [["", *(f"`{key}`" if place == "last" else key for key, place in columns.items())]]
-    for name, run in record("turn").items():
-        if name.split()[0] == script:
-            flag = name.removeprefix(script).strip()
-            cells = [run[place][key] for key, place in columns.items()]
-            cells = [cell[-1] if isinstance(cell, list) else cell for cell in cells]
-            rows.append([f"`--{flag}`" if flag else "as it is", *map(number, cells)])
-    return grid(rows)
-
-
-def vs_trl(page, model):
-    """Time and memory of a step beside TRL's, and how far the losses of both are apart."""
-    rows = [["", "ours / TRL", "seconds", "TRL", "MB", "TRL", "losses differ by at most"]]
-    for task, run in record("vs_trl")[model].items():
-        sides = [run[name] for name in ("ours", "trl")]
-        rows.append([task, f"{run['ratio']:.2f}", *(f"{side['seconds']:.3f}" for side in sides),
-                     *(f"{side['memory']:.0f}" for side in sides),
-                     f"{run['differences']['loss'][0]:.0e}"])
-    return grid(rows)
-
-
 def peaks(page):
     """Peak memory of each script with a larger model on a GPU."""
     found = record("gpu_memory")
@@ -296,7 +262,7 @@ def peaks(page):
 
 
 FIGURES = (minutes, lines, mistakes, file, reinforce, closed_form, kl_in_the_loss, one_prompt,
-           results, compare, took, answers, smollm2, sums, verifiable, turn, vs_trl, peaks)
+           results, compare, took, answers, smollm2, sums, verifiable, peaks)
 
 # ------------------------------------------------------------------------------ command
 
@@ -309,7 +275,8 @@ def filled(text, page):
         start, name, argument, _, end = match.groups()
         if name not in known:
             raise ValueError(f"{page}: no figure has the name {name!r}")
-        return start + known[name](page, *([argument] if argument else [])) + end
+        arguments = [" ".join(argument.split())] if argument else []
+        return start + known[name](page, *arguments) + end
 
     return MARKER.sub(fill, text)
 

@@ -165,9 +165,8 @@ def test_tiny_is_the_embedded_model_from_any_folder(tmp_path, monkeypatch):
     for name in ("tiny", "tiny/model"):
         model, tokenizer = load(name)
         assert model.name_or_path == "tiny/model"
-        # Its chat template keeps the form that it was trained on: with a space at the end.
         text = tokenizer.decode(common.encode_prompt(tokenizer, "Why?"))
-        assert text == "<bos>User: Why?\n\nAssistant: "
+        assert text == "<bos>User: Why?\n\nAssistant:"
 
 
 LAYERS = {"vocab_size": SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -1,4 +1,4 @@
-"""Rebuilds everything in tiny/ from its seeds: 84 minutes on 2 CPU cores.
+"""Rebuilds everything in tiny/ from its seeds, in some 70 minutes on 2 CPU cores.
 
     python tiny/build.py                 everything
     python tiny/build.py --from sft      from a stage on
