@@ -89,8 +89,10 @@ def free_port():
 def found(tmp_path_factory):
     """{(kind, rank): {name: what train returned}} of two processes; three for the Llama."""
     folder, out = tmp_path_factory.mktemp("processes"), {}
+    torch.multiprocessing.set_forkserver_preload([__name__])  # what all of them import, once
     for kind, size in (("gpt2", 2), ("llama", 3)):
-        torch.multiprocessing.spawn(work, (size, kind, free_port(), folder), nprocs=size)
+        torch.multiprocessing.start_processes(
+            work, (size, kind, free_port(), folder), nprocs=size, start_method="forkserver")
         for rank in range(size):
             out[kind, rank] = torch.load(folder / f"{kind}-{rank}.pt")
     return out
