@@ -6,7 +6,7 @@
 Each script once, alone, with its defaults on the tiny model: how long the whole command took, the
 table of held-out prompts that it printed, and what the models before and after PPO answer to a few
 prompts. All of it goes to benchmarks/first_run.json, from which docs/figures.py writes the README.
-It takes about half an hour.
+It takes about twenty minutes.
 """
 
 import json

@@ -32,6 +32,12 @@ def test_a_marker_that_nothing_writes_is_an_error():
         figures.filled("<!-- nothing_such: 1 -->2<!-- end -->", "page")
 
 
+def test_a_marker_may_be_broken_over_two_lines():
+    whole, broken = "<!-- lines: lora.py -->1<!-- end -->", "<!-- lines:\nlora.py\n-->1<!-- end -->"
+    assert figures.filled(broken, "page").split() == figures.filled(whole, "page").split()
+    assert "-->1<!--" not in figures.filled(broken, "page")
+
+
 def test_a_number_between_markers_is_replaced_and_what_stands_around_it_is_kept():
     text = "before <!-- mistakes -->1<!-- end --> after <!-- lines: common.py -->2<!-- end -->"
     found = re.findall(r"(\w+ )?<!-- [^>]*? -->(\d+)<!-- end -->", figures.filled(text, "page"))
