@@ -37,7 +37,7 @@ SCRIPTS = ("dpo", "ppo", "trpo", "grpo")
 ANOTHER_BETA = {"trpo": 0.0, "ppo": 0.0, "grpo": 0.0, "dpo": 0.1}  # those that take longest first
 COLUMNS = ("score", "gold", "KL", "answered", "untaught", "declined", "together", "damaged",
            "top answer", "stops", "tokens")
-BEST_OF = (1, 4, 16, 64)
+BEST_OF = (4, 16, 64)
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -95,11 +95,13 @@ def judged(*flags):
 
 
 def best_of(folder, prompts):
-    """{n: judge's numbers} for the answer that the reward model likes best among n of the SFT's."""
-    record, flags = folder / "best-of.json", ("--prompts", prompts, "--best-of", *BEST_OF)
+    """{n: judge's numbers} for the answer that the reward model likes best among n of the SFT's, on
+    half of the prompts. 1 is the SFT model itself, judged as every policy is."""
+    record, flags = folder / "best-of.json", ("--prompts", prompts // 2, "--best-of", *BEST_OF)
     of = origin(*flags)
     if not is_there(record, of):
-        record.write_text(json.dumps({"of": of, "found": judged(*flags)}))
+        [sft] = judged("--prompts", prompts, "tiny/sft").values()
+        record.write_text(json.dumps({"of": of, "found": {"SFT 1": sft, **judged(*flags)}}))
     found = json.loads(record.read_text())["found"]
     return {int(name.split()[-1]): stats for name, stats in found.items()}
 
@@ -158,7 +160,7 @@ def main(argv=None):
             raise SystemExit(f"error: no run of this tiny/ in {folder}; "
                              "docs/choosing.md has a table")
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(best_of, folder, 8 if args.quick else prompts // 2)]
+        jobs = [pool.submit(best_of, folder, prompts)]
         jobs += [pool.submit(train, n, argv, folder, prompts) for n, argv in runs.items()]
         best, *_ = [job.result() for job in tqdm(jobs)]
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name in runs}

@@ -12,6 +12,7 @@ go to benchmarks/turn.json.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,8 @@ def table(text):
 def run(name, argv, folder):
     """Trains one run, judges it, and returns what is to be kept of it."""
     out = folder / name.replace(" ", "_")
-    if not (out / "adapter_config.json").is_file():
+    if not (out / "printed.txt").is_file():  # written last: what was cut short runs again
+        shutil.rmtree(out, ignore_errors=True)
         done = subprocess.run([sys.executable, *argv, "--out", str(out)], cwd=ROOT, text=True,
                               env=compare.ONE_THREAD, capture_output=True)
         if done.returncode:

@@ -201,16 +201,6 @@ def answers(page, who):
     return "\n> ".join(textwrap.wrap(record("first_run")["answers"][prompt][model], 110))
 
 
-def smollm2(page):
-    """Before and after of each script on SmolLM2-135M-Instruct."""
-    rows = [["script", "steps", "held out", "before", "after"]]
-    for name, run in record("smollm2").items():
-        for key, (before, after) in run["held out, before and after"].items():
-            rows.append([name, run["flags"]["steps"], key, number(before), number(after)])
-            name = ""
-    return grid(rows)
-
-
 def sums(page, what):
     """Of SmolLM2 and the sums: "minutes" that training took, or "answers" before and after."""
     found = record("verifiable")
@@ -262,7 +252,7 @@ def peaks(page):
 
 
 FIGURES = (minutes, lines, mistakes, file, reinforce, closed_form, kl_in_the_loss, one_prompt,
-           results, compare, took, answers, smollm2, sums, verifiable, peaks)
+           results, compare, took, answers, sums, verifiable, peaks)
 
 # ------------------------------------------------------------------------------ command
 

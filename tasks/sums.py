@@ -39,7 +39,7 @@ def rows(level="1", seed=0, train=512, test=64):
 
 
 def score(prompts, responses, rows):
-    """1.0 for each answer that is the right number and nothing else, else 0.0."""
+    """1.0 for each answer that gives the right number and stops, else 0.0."""
     return [float(is_right(response, row)) for response, row in zip(responses, rows)]
 
 

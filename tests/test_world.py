@@ -271,8 +271,9 @@ def judged():
 
 
 def test_the_judge_finds_no_kl_between_the_sft_model_and_itself(judged):
-    _, found = judged
-    assert abs(found[1]["KL"]) < 1e-3 and found[1]["tokens"] > 10
+    flags, found = judged
+    stats, _, _ = judge.judge(flags.sft, flags)
+    assert abs(stats["KL"]) < 1e-3 and stats["tokens"] > 10
     assert found[1]["gold"] == pytest.approx(found[1]["best gold"])
 
 

@@ -115,18 +115,17 @@ def best_of(args, sizes):
     """{n: statistics} of the answer with the best score among the first n of max(sizes) answers
     of the SFT model; "best gold" is what the best of them by gold would have reached."""
     each = max(sizes)
-    stats, pairs, score = judge(args.sft, args, each)
+    _, pairs, score = judge(args.sft, args, each)
     gold = torch.tensor([world.gold_score(*pair) for pair in pairs]).view(-1, each)
     score, out = score.view(-1, each), {}
     prompts = judged_prompts(args)
     for n in sizes:
         best = score[:, :n].argmax(1)
         picked = [pairs[i * each + j] for i, j in enumerate(best.tolist())]
-        found = {"score": score.gather(1, best[:, None]).mean().item(),
-                 "gold": sum(world.gold_score(*pair) for pair in picked) / len(picked),
-                 **traits(prompts, picked, 1)}
-        out[n] = stats | found if n == 1 else found  # the other columns: of all the answers
-        out[n]["best gold"] = gold[:, :n].max(1).values.mean().item()
+        out[n] = {"score": score.gather(1, best[:, None]).mean().item(),
+                  "gold": sum(world.gold_score(*pair) for pair in picked) / len(picked),
+                  "best gold": gold[:, :n].max(1).values.mean().item(),
+                  **traits(prompts, picked, 1)}
     return out
 
 
