@@ -1,4 +1,4 @@
-"""What every script needs and no algorithm is: a model, its tokens, one forward pass, sampling.
+"""What every script needs, whatever its algorithm: a model, its tokens, one forward pass, sampling.
 
 Shapes: N prompts x [N, P], padded on the left; B = N G answers y [B, R], padded on the right, the G
 answers to one prompt next to each other. Masks are 1 on real tokens and are made from lengths,
@@ -50,7 +50,7 @@ def load_model(name="tiny", device="auto", dtype="auto", trust_remote_code=False
     dtypes["auto"] = dtypes["bf16" if device == "cuda" else "fp32"]
     more = {"trust_remote_code": trust_remote_code, "dtype": dtypes[dtype]}
     tokenizer = load_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
-    if not tokenizer("a").input_ids:  # transformers makes an empty one where no file of one is
+    if not tokenizer("a").input_ids:  # of a folder without one transformers makes an empty one
         raise ValueError(f"{name} has no tokenizer")
     if end_of_turn(tokenizer) is None:
         raise ValueError(f"the tokenizer of {name} has no EOS token: no answer could end")
@@ -113,13 +113,13 @@ def encode_response(tokenizer, response, end=None):
     plain = {"add_special_tokens": False, "split_special_tokens": True}
     if tokenizer.chat_template:
         return tokenizer(response, **plain).input_ids + [end]
-    head = tokenizer("Assistant:", **plain).input_ids  # without it, a space too many
+    head = tokenizer("Assistant:", **plain).input_ids  # taken off again, with the space after it
     return tokenizer("Assistant: " + response, **plain).input_ids[len(head):] + [end]
 
 
 def encode(tokenizer, rows, answers, max_length):
     """[(row, prompt ids, [ids of row[key] for each key in answers])]. A long prompt loses its
-    beginning. A cut answer would teach to stop in mid-sentence: its row is left out instead."""
+    beginning. A cut answer would teach the model to stop in mid-sentence: its row is left out."""
     found, end = [], end_of_turn(tokenizer)
     for row in rows:
         x = encode_prompt(tokenizer, row["prompt"])
@@ -181,7 +181,7 @@ def forward(model, ids, attention, keep, states=False, cache=None):
 
 
 def can_share(model, cache):
-    """Whether the cache of a prompt can be repeated for several answers, and learnt through."""
+    """Whether the cache of a prompt can be repeated for several answers, and passes gradients."""
     # By exact type: a layer with a recurrent state inherits from these, and its state would not be
     # repeated. Under checkpointing transformers drops the cache, and only warns.
     plain = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
@@ -216,7 +216,7 @@ def micro_batches(batch, size=None, groups=None):
     whole groups, the shortest first and cut to what they need, or a piece of one group."""
     N, B = len(batch["x"]), len(batch["y"])
     groups, G = torch.arange(N) if groups is None else groups, B // N
-    size = min(size or B, -(-len(groups) // processes()[1]) * G)  # a part for every process
+    size = min(size or B, -(-len(groups) // processes()[1]) * G)  # or a process's share
     length = batch["mask"].sum(1).long().cpu()  # [B]
     longest = length.view(N, G).amax(1)[groups]  # [n]
     for some in groups[longest.argsort(stable=True)].split(max(1, size // G)):
@@ -253,7 +253,7 @@ def sample(model, x, x_mask, stop, max_new_tokens, temperature, generator=None, 
     # the b answers in the batch: at first all of this process.
     mine = list(share(range(len(x))))
     rows = torch.tensor([i * G + g for i in mine for g in range(G)], dtype=torch.long)
-    x, x_mask = x[mine or [0]], x_mask[mine or [0]]  # who has none reads one, and draws nothing
+    x, x_mask = x[mine or [0]], x_mask[mine or [0]]  # without any, one is read and nothing drawn
     cache, copies = DynamicCache(config=model.config), torch.arange(len(x)).repeat_interleave(G)
     logits = forward(model, x, x_mask, 1, cache=cache)[copies]  # [b, 1, V]
     cache.reorder_cache(copies)
@@ -291,13 +291,13 @@ def ended(y, mask, stop):
 
 
 @torch.no_grad()
-def score(model, tokenizer, rows, x, x_mask, y, mask, reward):
+def score(model, tokenizer, rows, x, x_mask, y, mask, reward, size=None):
     """(score [B], texts) of the answers y [B, R] to the prompts of B data rows. reward: an adapter
-    with a head, or a function (prompts, responses, rows) -> B floats, else a ValueError."""
+    with a head, `size` answers at a time, or a function (prompts, responses, rows) -> B floats."""
     responses, scores = decode(tokenizer, y, mask), torch.zeros(len(y), device=y.device)
     # A reward model on this base reads the ids as they were sampled, a function reads the texts.
     if isinstance(reward, str):
-        for index, b in share(micro_batches({"x": x, "x_mask": x_mask, "y": y, "mask": mask})):
+        for index, b in share(micro_batches(dict(x=x, x_mask=x_mask, y=y, mask=mask), size)):
             scores[index] = adapter_scores(model, reward, **b)
         return add_up(scores), responses
     index = list(share(range(len(rows))))
@@ -348,7 +348,7 @@ def add_gradients(parameters):
 
 
 def batch_rows(step, n, size, seed):
-    """Row numbers of a step. Each pass over the n rows is shuffled anew; the step says it all."""
+    """Row numbers of a step. Each pass over the n rows is shuffled anew."""
     generator, passes = torch.Generator().manual_seed(seed), (step + 1) * size // n + 1
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(passes)])
     return order[step * size : (step + 1) * size].tolist()

@@ -159,7 +159,7 @@ def all_logps(model, name, pairs, config):
     """pair_logps of any number of pairs, [pairs, 2], under the adapter `name`; None: the base."""
     logps = torch.zeros(len(pairs), 2, device=model.device)
     # Pairs of about the same length go together, so that little of what is read is padding.
-    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i][2])))
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, [pairs[i][1], *pairs[i][2]])))
     size = config.micro_batch_size or config.batch_size
     for start in common.share(range(0, len(order), size)):
         index = order[start : start + size]
@@ -309,7 +309,8 @@ def sample_answers(model, tokenizer, rows, reward, config):
     texts, score = common.decode(tokenizer, y, mask), None
     stats = {}
     if reward is not None:
-        score, _ = common.score(model, tokenizer, rows, x, x_mask, y, mask, reward)
+        score, _ = common.score(model, tokenizer, rows, x, x_mask, y, mask, reward,
+                                config.micro_batch_size)
         if config.missing_eos_score is not None:
             score = score.masked_fill(~ended, config.missing_eos_score)
         stats["score"] = score.mean().item()

@@ -294,7 +294,8 @@ def rollout(model, tokenizer, rows, reward, config, generator,
 
     # One score per answer. An answer that was cut off before its EOS gets a fixed low score,
     # whatever the reward makes of the fragment: stopping has to be worth learning.
-    score, responses = common.score(model, tokenizer, rows, x, x_mask, y, mask, reward)
+    score, responses = common.score(model, tokenizer, rows, x, x_mask, y, mask, reward,
+                                    config.micro_batch_size)
     batch["ended"] = common.ended(y, mask, stop)
     if config.missing_eos_score is not None:
         score = score.masked_fill(~batch["ended"], config.missing_eos_score)

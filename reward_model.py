@@ -209,7 +209,8 @@ def evaluate(model, tokenizer, rows, config, name="reward"):
     for answers, b in common.share(common.micro_batches(batch, size)):
         scores = score_pairs(model, name, b)
         both[answers[::2] // 2] = torch.stack(scores, 1).cpu()
-    chosen, rejected = common.add_up(both).unbind(1)
+    both = common.add_up(both)
+    chosen, rejected = both.unbind(1)
     difference = chosen - rejected  # [pairs]
     stats = {
         "loss": bradley_terry_loss(chosen, rejected).item(),  # (RM.2) with margin and center 0

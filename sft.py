@@ -21,7 +21,6 @@ Left out on purpose: packing several rows into one sequence, and a loss on the p
 """
 
 import copy
-import math
 import re
 import time
 from dataclasses import dataclass
@@ -196,7 +195,8 @@ def evaluate(model, tokenizer, rows, config, policy="policy"):
         with lora.use_adapter(model, policy):
             nll += batch_loss(model, b).item() * count
         tokens += count
-    stats = {"perplexity": math.exp(common.add_up(nll) / common.add_up(tokens))}  # (SFT.2)
+    nll = torch.tensor(common.add_up(nll) / common.add_up(tokens))  # per token
+    stats = {"perplexity": nll.exp().item()}  # (SFT.2)
 
     # Greedy answers, to be compared with them.
     stop = common.stop_ids(model, tokenizer)

@@ -163,7 +163,10 @@ def mean_kl(logits_old, logits, mask):
     logits_old, logits [B, R, V], already divided by the temperature; mask [B, R]. Returns a scalar.
     Source: arXiv:1502.05477, Eq. 12."""
     old, new = logits_old.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return masked_mean((old.exp() * (old - new)).sum(-1), mask)  # (TRPO.2)
+    # q - p sums to 0. It is there against rounding: if all of log q are off by the same 1e-7, which
+    # is not little beside a small KL, then so is q, and the two cancel.
+    p, q = old.exp(), new.exp()
+    return masked_mean((p * (old - new) + (q - p)).sum(-1), mask)  # (TRPO.2)
 
 
 def value_loss(values, ret, mask):
@@ -344,7 +347,8 @@ def rollout(model, tokenizer, rows, reward, config, generator,
 
     # One score per answer. An answer that was cut off before its EOS gets a fixed low score,
     # whatever the reward makes of the fragment: stopping has to be worth learning.
-    score, responses = common.score(model, tokenizer, rows, x, x_mask, y, mask, reward)
+    score, responses = common.score(model, tokenizer, rows, x, x_mask, y, mask, reward,
+                                    config.micro_batch_size)
     batch["ended"] = common.ended(y, mask, stop)
     if config.missing_eos_score is not None:
         score = score.masked_fill(~batch["ended"], config.missing_eos_score)
@@ -373,7 +377,7 @@ def score_old(model, batch, config, policy="policy"):
     # The logits of its own micro-batches are all that a process will need.
     if logits_old is not None:
         batch["logits_old"] = logits_old
-    batch["logp_old"] = common.add_up(logp_old)
+    logp_old = batch["logp_old"] = common.add_up(logp_old)
     return (logp_old - sampled).abs().max().item()  # both are 0 on padding
 
 

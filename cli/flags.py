@@ -47,7 +47,10 @@ def join():
     """Joins the processes that torchrun started, if it did. All but the first print errors only."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if number >= count:
+                raise ValueError(f"there are {count} GPUs; give torchrun --nproc-per-node {count}")
+            torch.cuda.set_device(number)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if dist.get_rank() > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # progress bars, too
@@ -72,6 +75,10 @@ def errors():
              "--data")
     except (ValueError, OSError) as problem:
         fail(problem)
+    except RuntimeError as problem:
+        if "gloo" not in str(problem):
+            raise
+        fail("another process of this run has ended; see what it says, or torchrun says of it")
     except KeyboardInterrupt:
         if common.processes()[0] > 0:
             raise SystemExit(2) from None
@@ -213,14 +220,14 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
         add("--reward", help="folder, hub id, file.py[:function], a task, or none: always 0 (tiny: "
             "tiny/reward_model)")
     add("--out", help=f"folder of the run (runs/{name}, or the next free runs/{name}-2 ...)")
-    add("--resume", help="folder of a run that goes on, with the flags of its config.json")
+    add("--resume", help="folder of an interrupted run to go on with, its flags included")
     add("--eval-size", type=whole, default=128, help="held-out rows to measure on (128)")
     add("--save-every", type=whole, help="steps between saved adapters (only at the end)")
     add("--grad-checkpoint", action="store_true", help="less memory, a third more time")
     add("--plot", action="store_true", help="draw curves.png from metrics.jsonl (matplotlib)")
     config_flags(p, Config, tiny)
     given = vars(p.parse_args(argv))
-    if given["resume"]:
+    if given["resume"] is not None:
         return resumed(p, Config, name, argv, given["resume"])
 
     numbers = {f.name: given.pop(f.name) for f in fields(Config) if f.name in given}
@@ -236,7 +243,9 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
         if args.adapter and field in numbers:
             raise ValueError(f"--{field.replace('_', '-')} is for a new adapter, and "
                              f"{args.adapter} has its own; --adapter none starts a new one")
-    return args, Config(**{**(tiny if is_tiny else {}), **suits, **numbers})
+    config = Config(**{**(tiny if is_tiny else {}), **suits, **numbers})
+    transformers.set_seed(config.seed)  # for tasks and rewards that draw random numbers
+    return args, config
 
 
 def resumed(p, Config, name, argv, folder):
@@ -256,15 +265,28 @@ def resumed(p, Config, name, argv, folder):
             words.append(flag if value is True else f"{flag}={value}")
     then = vars(p.parse_args(words))
     now = vars(p.parse_args([*words, *(sys.argv[1:] if argv is None else argv)]))
-    odd = [f"--{key.replace('_', '-')} {now[key]} (it has {then[key]})" for key in now
-           if str(now[key]).lower() != str(then[key]).lower()]
+    odd = [f"--{key.replace('_', '-')} {now[key]} (it has {then.get(key, False)})" for key in now
+           if not alike(now[key], then.get(key, False))]
     if odd:
         raise ValueError(f"--resume {folder} goes on with the flags it began with: {odd[0]}")
     if not (Path(folder) / "state.safetensors").exists() and (
             Path(folder) / "adapter_config.json").exists():
         raise ValueError(f"--resume {folder}: this run is at its end")
-    config = Config(**{key: now.pop(key, False) for key in numbers})
-    return argparse.Namespace(name=name, **{**now, "resume": folder}), config
+    config = Config(**{key: then.pop(key, False) for key in numbers})
+    transformers.set_seed(config.seed)
+    return argparse.Namespace(name=name, **{**then, "resume": folder}), config
+
+
+def alike(now, then):
+    """Whether a flag is given as it was: runs/a/ is runs/a, and auto may have become anything."""
+    now, then = str(now).lower(), str(then).lower()
+    return now in (then, "auto") or Path(now) == Path(then)
+
+
+def check_free(out):
+    """Raises ValueError for a folder --out that holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} exists; nothing is overwritten: name a new folder")
 
 
 def settle_defaults(args, is_tiny, needs_reward):
@@ -282,6 +304,5 @@ def settle_defaults(args, is_tiny, needs_reward):
         args.reward = str(common.TINY / "reward_model")
     if needs_reward and not args.reward:
         raise ValueError("--reward is needed: a folder, a hub id, or file.py:function")
-    out, first = Path(args.out or ""), common.processes()[0] == 0
-    if args.out and first and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists; nothing is overwritten: name a new folder")
+    if args.out and common.processes()[0] == 0:
+        check_free(Path(args.out))

@@ -7,8 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import transformers
-
 import common
 import lora
 
@@ -32,7 +30,6 @@ def load(args, config, name, rows):
 
     --max-length becomes at most what the model can read. Encodes the prompts of the data rows, so
     that one that the chat template refuses ends the run here and not in the middle."""
-    transformers.set_seed(config.seed)  # for rewards that draw random numbers of their own
     model, tokenizer = open_model(args, args.model)
     if args.grad_checkpoint:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.22 on

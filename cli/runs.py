@@ -24,19 +24,21 @@ def start(args, config, model, name, before):
 
     before: (statistics, samples) of the model before training. The folder is --out, or the next
     free runs/<script>; it gets config.json (all flags and versions), before.json, and the two logs.
-    With --resume the folder is there, and the logs lose what is to be made again."""
+    With --resume the folder is there, and rows of steps that will be taken again are cut off."""
     first = common.processes()[0] == 0  # of several processes, it does all the writing
     state = saved.read(args.resume, model) if args.resume else None
+    step = state["step"] if state else 0
+    check_step(float(step), args.resume)
     if first:
         args.out = Path(args.resume) if args.resume else make_folder(args)
         if state is None:
             begin(args, config, before)
         else:
             saved.cut_logs(args.out, state)
-            print(f"goes on with step {state['step']} of {config.steps}")
-    flags.RUN.update(out=args.out or "the run", training=True)
+            print(f"goes on with step {step} of {config.steps}")
+    flags.RUN.update(out=args.out, training=step < config.steps)
     before_even = {"even": False}
-    seed_rewards(config, state["step"] if state else 0)
+    seed_rewards(config, step)
 
     def log(row, samples, state):
         check_numbers(row)
@@ -48,8 +50,8 @@ def start(args, config, model, name, before):
             write(row, samples, state, stop)
         seed_rewards(config, done)
         if stop:
+            common.add_up(0.0)  # wait until the first process has saved: torchrun then ends all
             raise KeyboardInterrupt
-
 
     def write(row, samples, state, stop):
         append(args.out / "metrics.jsonl", row)
@@ -78,13 +80,24 @@ def start(args, config, model, name, before):
     return log, state
 
 
+def check_step(step, folder):
+    """Raises ValueError unless all processes go on with one step: each reads its machine's copy."""
+    if common.add_up(step, largest=True) != -common.add_up(-step, largest=True):
+        raise ValueError(f"--resume {folder} is at another step on another machine; copy the "
+                         "folder to all of them")
+
+
 def seed_rewards(config, step):
-    """The random numbers that a reward of the user's may draw: the same when the run goes on."""
+    """The random numbers that a user's reward may draw: the same when the run goes on."""
     transformers.set_seed((config.seed + step) % 2**32)
 
 
 def begin(args, config, before):
-    """Writes what stands in the folder of a run before its first step."""
+    """Writes what stands in the folder of a run before its first step. Raises ValueError where more
+    steps are logged there than can be without a saved state."""
+    log = args.out / "metrics.jsonl"
+    if log.is_file() and len(log.read_text().splitlines()) > SAVED:
+        raise ValueError(f"--resume {args.out}: {saved.FILE} is missing, so it cannot go on")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "transformers": transformers.__version__}
     said = {**vars(args), **asdict(config), **versions, "out": str(args.out),
@@ -103,7 +116,10 @@ def write_json(path, value):
 def before(args):
     """(statistics, samples) of the model before training, of the run that goes on; else None."""
     path = Path(args.resume or "") / "before.json"
-    return json.loads(path.read_text()) if args.resume and path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if args.resume and path.is_file() else None
+    except ValueError as problem:
+        raise ValueError(f"{path} is damaged: {problem}") from problem
 
 
 def check_numbers(row):
@@ -121,6 +137,7 @@ def make_folder(args):
     try:
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)
+            flags.check_free(Path(args.out))  # again: another run may have begun there since
             return Path(args.out)
         for i in itertools.count(1):
             folder = Path("runs") / (args.name + (f"-{i}" if i > 1 else ""))

@@ -28,13 +28,18 @@ def write(folder, model, state):
             os.fsync(file.fileno())
             sizes[name] = file.tell()
     tensors = {}
-    tree = pack({"adapters": adapters(model), "train": state, "sizes": sizes}, "", tensors)
+    tree = pack({"adapters": adapters(model), "layers": layers(model), "train": state,
+                 "sizes": sizes}, "", tensors)
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    if not all(t.isfinite().all() for t in tensors.values()):
+    check_finite(tensors.values())
+    text = json.dumps(tree, allow_nan=False)
+    write_file(folder / FILE, save(tensors, {"state": text, "check": check(text, tensors)}))
+
+
+def check_finite(tensors):
+    if not all(t.isfinite().all() for t in tensors):
         raise ValueError("a weight or a moment of the optimizer is not a finite number; begin anew "
                          "with a lower --lr. What was saved before is kept")
-    text = json.dumps(tree)
-    write_file(folder / FILE, save(tensors, {"state": text, "check": check(text, tensors)}))
 
 
 def write_file(path, data):
@@ -51,7 +56,9 @@ def write_file(path, data):
 
 
 def write_adapter(folder, model, name):
-    """lora.save_adapter, flushed when this returns. Raises OSError if it cannot."""
+    """lora.save_adapter, flushed when this returns. Raises OSError if it cannot, and ValueError for
+    a number that is not finite."""
+    check_finite(lora.adapter_parameters(model, name))
     try:
         lora.save_adapter(model, name, folder)
         for file in Path(folder).glob("adapter_*"):
@@ -85,7 +92,7 @@ def read(folder, model):
     here = adapters(model)
     shapes = ({name: [tuple(p.shape) for p in found] for name, found in part.items()}
               for part in (here, saved["adapters"]))
-    if next(shapes) != next(shapes):
+    if next(shapes) != next(shapes) or saved["layers"] != layers(model):
         raise ValueError(f"cannot go on from {folder / FILE}: it was saved with another model, "
                          "--adapter or --reward")
     with torch.no_grad():
@@ -106,11 +113,18 @@ def adapters(model):
     return {name: lora.adapter_parameters(model, name) for name in sorted(lora.names(model))}
 
 
+def layers(model):
+    """{name: [[path of a layer, its scale]]} of all adapters: what their parameters belong to."""
+    found = lora.lora_layers(model).items()
+    return {name: [[path, layer.scale[name]] for path, layer in found if name in layer.lora_A]
+            for name in sorted(lora.names(model))}
+
+
 def check(text, tensors):
     """A checksum of all that is saved: a bit that flipped on the disk must not be trained on."""
     total = zlib.crc32(text.encode())
     for key in sorted(tensors):
-        total = zlib.crc32(tensors[key].numpy().tobytes(), total)
+        total = zlib.crc32(tensors[key].flatten().view(torch.uint8).numpy().tobytes(), total)
     return str(total)
 
 

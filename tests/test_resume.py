@@ -171,7 +171,9 @@ def test_other_flags_than_the_run_began_with_are_named(monkeypatch, house, capsy
     assert "--adapter none" in fails("ppo", [*again, "--adapter", "none"], capsys)
     assert "--plot" in fails("ppo", [*again, "--plot"], capsys)
     assert "ppo.py" in fails("grpo", again, capsys)
-    ppo_again = [*again, *STEPS, "--beta", "0", "--out", "cut"]  # the same ones may be there
+    assert "--grad-checkpoint True (it has False)" in fails("ppo", [*again, "--grad-checkpoint"], capsys)
+    # The same ones may be there.
+    ppo_again = [*again, *STEPS, "--beta", "0", "--out", "./cut/", "--dtype", "auto"]
     SCRIPTS["ppo"].main(ppo_again)
     assert len(lines(Path("cut/metrics.jsonl"))) == 7
 
@@ -199,9 +201,25 @@ def test_a_state_of_another_adapter_and_a_shortened_log_are_told(monkeypatch, ho
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "lora_rank": 3}))
     assert "another model" in fails("sft", ["--resume", "cut"], capsys)
+    path.write_text(json.dumps({**config, "lora_alpha": 3.0}))
+    assert "another model" in fails("sft", ["--resume", "cut"], capsys)
     path.write_text(json.dumps(config))
     os.truncate("cut/metrics.jsonl", 10)
     assert "shorter" in fails("sft", ["--resume", "cut"], capsys)
+
+
+def test_what_is_missing_is_told_and_nothing_is_emptied(monkeypatch, house, capsys):
+    begin_and_die("dpo", 6, monkeypatch)
+    found = {p: p.read_bytes() for p in Path("cut").iterdir()}
+    assert "--length-normalised" in fails(
+        "dpo", ["--resume", "cut", "--length-normalised"], capsys)
+    Path("cut", saved.FILE).unlink()
+    assert "state.safetensors is missing" in fails("dpo", ["--resume", "cut"], capsys)
+    Path("cut/before.json").write_text("{")
+    assert "before.json is damaged" in fails("dpo", ["--resume", "cut"], capsys)
+    assert "holds no run" in fails("dpo", ["--resume", ""], capsys)
+    kept = "metrics.jsonl", "samples.jsonl", "config.json"
+    assert all(Path("cut", name).read_bytes() == found[Path("cut", name)] for name in kept)
 
 
 @pytest.mark.parametrize("text", [

@@ -130,6 +130,16 @@ def test_mean_kl_and_its_gradient_are_0_at_equal_logits_and_there_only():
     assert max(seen[0]) < 1e-7 and min(seen[1]) > 1e-3
 
 
+def test_a_small_mean_kl_is_not_rounded_away():
+    """A KL of 1e-5 over a vocabulary of 4096 agrees with float64 to one in a thousand."""
+    old = 3 * noise(9, 4, 4, 4096)
+    new = old + 0.005 * noise(10, 4, 4, 4096)
+    p, q = (x.double().log_softmax(-1) for x in (old, new))
+    exact = ((p.exp() * (p - q)).sum(-1) * MASK).sum() / MASK.sum()
+    assert 1e-6 < exact < 1e-4
+    assert trpo.mean_kl(old, new, MASK).item() == pytest.approx(exact.item(), rel=1e-3)
+
+
 def test_value_loss_by_hand():
     """Errors 1, -2 and 3 on three real tokens: half of 14 / 3; the slope is the error / 3."""
     mask, ret = torch.tensor([[1.0, 1], [1, 0]]), torch.tensor([[1.0, 2], [3, 4]])
