@@ -6,7 +6,7 @@
 Each run has 100 steps and the default of everything else, with the tiny model and seed 0.
 tiny/judge.py judges all but those of reward_model on held-out prompts. The table that the script
 prints is kept, too, and the means of the last 20 steps, which show what went too far. The numbers
-go to benchmarks/turn.json.
+go to benchmarks/turn.json, from which docs/figures.py writes a table on the page of each script.
 """
 
 import argparse

@@ -245,6 +245,32 @@ def verifiable(page, table):
     return grid([["", *columns, *more], *rows])
 
 
+POLICY = {"gold": "judged", "answered": "judged", "damaged": "judged", "KL": "judged"}
+TURNED = {  # column: where benchmarks/turn.json has it: judged, of the held-out table, last steps
+    "sft": {"gold": "judged", "answered": "judged", "damaged": "judged", "stops": "judged",
+            "perplexity": "table", "grad_norm": "last"},
+    "reward_model": {"loss": "table", "accuracy": "table", "margin": "table",
+                     "mean score": "table", "grad_norm": "last"},
+    "ppo": {**POLICY, "clip_fraction": "last", "entropy": "last", "length": "last"},
+    "grpo": {**POLICY, "clip_fraction": "last", "entropy": "last", "zero_std_groups": "last"},
+    "trpo": {**POLICY, "kl_step": "last", "backtracks": "last", "entropy": "last"},
+    "dpo": {**POLICY, "loss": "last", "accuracy": "last", "margin": "last", "logp_chosen": "last"},
+}
+
+
+def turn(page, script):
+    """What a script's first three hyper-parameters do, each turned down and up."""
+    columns = TURNED[script]
+    rows = [["", *(f"`{key}`" if place == "last" else key for key, place in columns.items())]]
+    for name, run in record("turn").items():
+        if name.split()[0] == script:
+            flag = name.removeprefix(script).strip()
+            cells = [run[place][key] for key, place in columns.items()]
+            cells = [cell[-1] if isinstance(cell, list) else cell for cell in cells]
+            rows.append([f"`--{flag}`" if flag else "defaults", *map(number, cells)])
+    return grid(rows)
+
+
 def peaks(page):
     """Peak memory of each script with a larger model on a GPU."""
     found = record("gpu_memory")
@@ -252,7 +278,7 @@ def peaks(page):
 
 
 FIGURES = (minutes, lines, mistakes, file, reinforce, closed_form, kl_in_the_loss, one_prompt,
-           results, compare, took, answers, sums, verifiable, peaks)
+           results, compare, took, answers, sums, verifiable, turn, peaks)
 
 # ------------------------------------------------------------------------------ command
 
