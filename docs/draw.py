@@ -850,7 +850,7 @@ def draw_growth(record):
     dashed: what grows as the work does."""
     sizes = list(next(iter(record.values())))
     figure, panels = plt.subplots(1, len(sizes), figsize=(12, 3.2), sharey=True)
-    colours = {**COLOURS, "sft": GREY, "reward_model": PLUS}
+    colours = {**COLOURS, "sft": GREY, "reward_model": "#b58900"}
     for axes, size in zip(panels, sizes):
         for script, found in record.items():
             values, seconds = zip(*found[size])

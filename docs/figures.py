@@ -267,7 +267,19 @@ def turn(page, script):
             flag = name.removeprefix(script).strip()
             cells = [run[place][key] for key, place in columns.items()]
             cells = [cell[-1] if isinstance(cell, list) else cell for cell in cells]
-            rows.append([f"`--{flag}`" if flag else "defaults", *map(number, cells)])
+            shown = [f"{x:.2f}" if abs(x) > 0.1 or abs(x) < 1e-5 else f"{x:.2g}" for x in cells]
+            rows.append([f"`--{flag}`" if flag else "defaults", *shown])
+    return grid(rows)
+
+
+def vs_trl(page, model):
+    """Time and memory of a step beside TRL's, and how far the losses of both are apart."""
+    rows = [["", "ours / TRL", "ours, s", "TRL, s", "ours, MB", "TRL, MB", "losses differ by"]]
+    for task, run in record("vs_trl")[model].items():
+        sides = [run[name] for name in ("ours", "trl")]
+        rows.append([task, f"{run['ratio']:.2f}", *(f"{side['seconds']:.2f}" for side in sides),
+                     *(f"{side['memory']:.0f}" for side in sides),
+                     f"{run['differences']['loss'][0]:.0e}"])
     return grid(rows)
 
 
@@ -278,7 +290,7 @@ def peaks(page):
 
 
 FIGURES = (minutes, lines, mistakes, file, reinforce, closed_form, kl_in_the_loss, one_prompt,
-           results, compare, took, answers, sums, verifiable, turn, peaks)
+           results, compare, took, answers, sums, verifiable, turn, vs_trl, peaks)
 
 # ------------------------------------------------------------------------------ command
 
