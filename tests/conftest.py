@@ -43,6 +43,12 @@ def random_model(config):
     return model
 
 
+def pytest_collection_modifyitems(items):
+    """Files that start processes of their own come first: of two workers, none then waits long."""
+    first = ("test_processes.py", "test_resume.py", "test_collect.py")
+    items.sort(key=lambda item: item.path.name not in first)
+
+
 @pytest.fixture(autouse=True)
 def prompts_are_shared(monkeypatch):
     """The toys' prompts are so short that reading one once would never be worth a second pass."""

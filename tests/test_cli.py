@@ -895,7 +895,7 @@ def test_the_commands_of_the_readme_run_one_after_another(house, monkeypatch):
     Path("reward.py").write_text(text.partition("    # reward.py")[2].partition("\n\n")[0]
                                  .partition("\n")[2].replace("\n    ", "\n").strip())
     shorter = ["--steps", "1", "--batch-size", "4"]
-    hub = {"facebook/opt-350m": str(house / "model"),
+    hub = {"Qwen/Qwen2.5-0.5B": str(house / "model"),
            "databricks/databricks-dolly-15k": str(house / "demonstrations.jsonl"),
            "smollm2": str(house / "model"), "tasks/sums.py": str(ROOT / "tasks" / "sums.py")}
     commands = re.findall(r"python ((?:-m |\S+\.py)[^\n`|#&]*)", text)

@@ -136,18 +136,18 @@ def test_the_second_ctrl_c_ends_at_once(monkeypatch):
         flags.interrupt(signal.SIGINT, None)
 
 
-def test_kill_9_at_random_moments(tmp_path):
-    """The process itself, on the embedded model; at most twice, then it may end."""
-    argv = [sys.executable, str(ROOT / "sft.py"), "--steps", "30", "--batch-size", "2",
+def test_kill_9_at_a_random_moment(tmp_path):
+    """The process itself, on the embedded model, once; then it may end."""
+    argv = [sys.executable, str(ROOT / "sft.py"), "--steps", "20", "--batch-size", "2",
             "--eval-size", "2", "--device", "cpu"]
     quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL,
              "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     subprocess.run([*argv, "--out", "whole"], check=True, **quiet)
     command, moments = [*argv, "--out", "cut"], random.Random()
-    for kills in range(3):
+    for kills in range(2):
         process = subprocess.Popen(command, **quiet)
         try:
-            assert process.wait(None if kills == 2 else moments.uniform(3, 9)) == 0
+            assert process.wait(None if kills == 1 else moments.uniform(3, 9)) == 0
             break
         except subprocess.TimeoutExpired:
             process.kill()
