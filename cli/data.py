@@ -6,8 +6,6 @@ import random
 import re
 from pathlib import Path
 
-import datasets
-
 import common
 from cli import tasks
 
@@ -91,6 +89,22 @@ def read_json(path):
     return rows
 
 
+def read_with_datasets(spec, builder):
+    """The rows of a .csv or .parquet file, of a folder that `datasets` saved, or of a hub id."""
+    import datasets  # here, for it takes half a second, and most files do without it
+
+    datasets.disable_progress_bars()
+    if builder:
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
+        data = datasets.load_dataset(builder, data_files=spec, split="train")
+        data.data.validate(full=True)  # text that is no UTF-8 would fail row by row, much later
+        return data
+    if Path(spec).is_dir():
+        return datasets.load_from_disk(spec)
+    name, _, split = spec.partition(":")
+    return datasets.load_dataset(name, split=split or None)
+
+
 def read_data(spec):
     """{split: rows} of a hub id[:split], a file, a task, or a folder that `datasets` saved."""
     if tasks.is_task(spec):
@@ -103,17 +117,7 @@ def read_data(spec):
     if builder and not path.stat().st_size:
         raise ValueError(f"--data {spec} is empty")
     try:
-        if builder == "json":
-            data = read_json(path)
-        elif builder:
-            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
-            data = datasets.load_dataset(builder, data_files=str(path), split="train")
-            data.data.validate(full=True)  # text that is no UTF-8 would fail row by row, much later
-        elif path.is_dir():
-            data = datasets.load_from_disk(str(path))
-        else:
-            name, _, split = spec.partition(":")
-            data = datasets.load_dataset(name, split=split or None)
+        data = read_json(path) if builder == "json" else read_with_datasets(spec, builder)
     except Exception as problem:  # datasets, pyarrow and the hub each raise their own kinds
         reason = str(problem.__cause__ or problem).strip().split("\n")[0]
         raise ValueError(f"cannot read --data {spec} ({reason}); give a hub id[:split], a .jsonl, "

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Literal, get_args, get_origin
 
-import datasets
 import torch
 import torch.distributed as dist
 import transformers
@@ -156,8 +155,7 @@ KINDS = {int: whole, float: amount, str: str}
 
 
 def quiet():
-    """Keeps transformers and datasets from printing bars and warnings between our lines."""
-    datasets.disable_progress_bars()
+    """Keeps transformers from printing bars and warnings between our lines."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 
