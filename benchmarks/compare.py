@@ -101,9 +101,9 @@ def best_of(folder, prompts):
     of = origin(*flags)
     if not is_there(record, of):
         [sft] = judged("--prompts", prompts, "tiny/sft").values()
-        record.write_text(json.dumps({"of": of, "found": {"SFT 1": sft, **judged(*flags)}}))
-    found = json.loads(record.read_text())["found"]
-    return {int(name.split()[-1]): stats for name, stats in found.items()}
+        best = {name.split()[-1]: stats for name, stats in judged(*flags).items()}
+        record.write_text(json.dumps({"of": of, "found": {"1": sft, **best}}))
+    return {int(n): stats for n, stats in json.loads(record.read_text())["found"].items()}
 
 
 # ------------------------------------------------------------------------------ table

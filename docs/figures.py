@@ -41,8 +41,8 @@ def grid(rows):
 
 
 def number(x, digits=2):
-    """A number in plain notation, or with an exponent where it would have too many zeros."""
-    return "0" if abs(x) < 1e-5 else f"{x:.{digits}f}" if abs(x) >= 0.01 else f"{x:.1e}"
+    """A number with so many decimals, or with two digits that are not 0 where it is small."""
+    return "0" if abs(x) < 1e-5 else f"{x:.{digits}f}" if abs(x) >= 10 / 10**digits else f"{x:.2g}"
 
 
 # ------------------------------------------------------------------------------ of the files
@@ -267,8 +267,7 @@ def turn(page, script):
             flag = name.removeprefix(script).strip()
             cells = [run[place][key] for key, place in columns.items()]
             cells = [cell[-1] if isinstance(cell, list) else cell for cell in cells]
-            shown = [f"{x:.2f}" if abs(x) > 0.1 or abs(x) < 1e-5 else f"{x:.2g}" for x in cells]
-            rows.append([f"`--{flag}`" if flag else "defaults", *shown])
+            rows.append([f"`--{flag}`" if flag else "defaults", *map(number, cells)])
     return grid(rows)
 
 
