@@ -50,7 +50,7 @@ def load_model(name="tiny", device="auto", dtype="auto", trust_remote_code=False
     dtypes["auto"] = dtypes["bf16" if device == "cuda" else "fp32"]
     more = {"trust_remote_code": trust_remote_code, "dtype": dtypes[dtype]}
     tokenizer = load_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
-    if not tokenizer("a").input_ids:  # of a folder without one transformers makes an empty one
+    if not tokenizer("a").input_ids:  # what transformers makes where its files are missing
         raise ValueError(f"{name} has no tokenizer")
     if end_of_turn(tokenizer) is None:
         raise ValueError(f"the tokenizer of {name} has no EOS token: no answer could end")
@@ -113,7 +113,7 @@ def encode_response(tokenizer, response, end=None):
     plain = {"add_special_tokens": False, "split_special_tokens": True}
     if tokenizer.chat_template:
         return tokenizer(response, **plain).input_ids + [end]
-    head = tokenizer("Assistant:", **plain).input_ids  # taken off again, with the space after it
+    head = tokenizer("Assistant:", **plain).input_ids  # cut off again; its space stays
     return tokenizer("Assistant: " + response, **plain).input_ids[len(head):] + [end]
 
 
@@ -292,8 +292,8 @@ def ended(y, mask, stop):
 
 @torch.no_grad()
 def score(model, tokenizer, rows, x, x_mask, y, mask, reward, size=None):
-    """(score [B], texts) of the answers y [B, R] to the prompts of B data rows. reward: an adapter
-    with a head, `size` answers at a time, or a function (prompts, responses, rows) -> B floats."""
+    """(score [B], texts) of answers y [B, R] to the prompts of B data rows. reward: an adapter with
+    a head, `size` answers a pass, or (prompts, responses, rows) -> B floats, else a ValueError."""
     responses, scores = decode(tokenizer, y, mask), torch.zeros(len(y), device=y.device)
     # A reward model on this base reads the ids as they were sampled, a function reads the texts.
     if isinstance(reward, str):

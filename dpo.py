@@ -159,7 +159,8 @@ def all_logps(model, name, pairs, config):
     """pair_logps of any number of pairs, [pairs, 2], under the adapter `name`; None: the base."""
     logps = torch.zeros(len(pairs), 2, device=model.device)
     # Pairs of about the same length go together, so that little of what is read is padding.
-    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, [pairs[i][1], *pairs[i][2]])))
+    lengths = [len(x) + sum(map(len, ys)) for _, x, ys in pairs]
+    order = sorted(range(len(pairs)), key=lengths.__getitem__)
     size = config.micro_batch_size or config.batch_size
     for start in common.share(range(0, len(order), size)):
         index = order[start : start + size]

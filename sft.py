@@ -195,8 +195,8 @@ def evaluate(model, tokenizer, rows, config, policy="policy"):
         with lora.use_adapter(model, policy):
             nll += batch_loss(model, b).item() * count
         tokens += count
-    nll = torch.tensor(common.add_up(nll) / common.add_up(tokens))  # per token
-    stats = {"perplexity": nll.exp().item()}  # (SFT.2)
+    mean = torch.tensor(common.add_up(nll) / common.add_up(tokens))  # nats per token
+    stats = {"perplexity": mean.exp().item()}  # (SFT.2)
 
     # Greedy answers, to be compared with them.
     stop = common.stop_ids(model, tokenizer)

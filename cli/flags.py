@@ -174,7 +174,8 @@ def model_flags(p, dtype="auto"):
     add("--model", default="tiny", help="tiny, smollm2, hub id, folder or file.gguf (tiny)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     auto = "bf16 on cuda, else fp32" if dtype == "auto" else dtype
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=f"auto: {auto}")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=f"auto: {auto}",
+        type=lambda text: dtype if text == "auto" else text)
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
@@ -226,14 +227,19 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
     config_flags(p, Config, tiny)
     given = vars(p.parse_args(argv))
     if given["resume"] is not None:
-        return resumed(p, Config, name, argv, given["resume"])
+        args, config = resumed(p, Config, name, argv, given["resume"])
+    else:
+        args, config = begun(given, Config, name, tiny, reward)
+    transformers.set_seed(config.seed)  # for tasks and rewards that draw random numbers
+    return args, config
 
+
+def begun(given, Config, name, tiny, reward):
+    """(args, config) of a new run with the flags `given`; Config's fields are taken out of them."""
     numbers = {f.name: given.pop(f.name) for f in fields(Config) if f.name in given}
     args, is_tiny = argparse.Namespace(name=name, **given), given["model"] == "tiny"
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    if args.dtype == "auto":
-        args.dtype = dtype
     settle_defaults(args, is_tiny, needs_reward=reward == "needed")
     suits = tasks.defaults(args.data) if tasks.is_task(args.data) else {}
     suits = {f.name: suits[f.name] for f in fields(Config) if f.name in suits}
@@ -241,9 +247,7 @@ def read(name, doc, Config, tiny, argv=None, reward=None, dtype="auto"):
         if args.adapter and field in numbers:
             raise ValueError(f"--{field.replace('_', '-')} is for a new adapter, and "
                              f"{args.adapter} has its own; --adapter none starts a new one")
-    config = Config(**{**(tiny if is_tiny else {}), **suits, **numbers})
-    transformers.set_seed(config.seed)  # for tasks and rewards that draw random numbers
-    return args, config
+    return args, Config(**{**(tiny if is_tiny else {}), **suits, **numbers})
 
 
 def resumed(p, Config, name, argv, folder):
@@ -271,14 +275,12 @@ def resumed(p, Config, name, argv, folder):
             Path(folder) / "adapter_config.json").exists():
         raise ValueError(f"--resume {folder}: this run is at its end")
     config = Config(**{key: then.pop(key, False) for key in numbers})
-    transformers.set_seed(config.seed)
     return argparse.Namespace(name=name, **{**then, "resume": folder}), config
 
 
 def alike(now, then):
-    """Whether a flag is given as it was: runs/a/ is runs/a, and auto may have become anything."""
-    now, then = str(now).lower(), str(then).lower()
-    return now in (then, "auto") or Path(now) == Path(then)
+    """Whether a flag has the value that it had; of a folder, runs/a/ is runs/a."""
+    return Path(str(now).lower()) == Path(str(then).lower())
 
 
 def check_free(out):

@@ -84,6 +84,7 @@ def read(folder, model):
         if noted.get("check") != check(noted.get("state", ""), tensors):
             raise ValueError("its checksum is wrong")
         saved = unpack(json.loads(noted["state"]), tensors)
+        where = saved["layers"]
         sizes = {name: (folder / name).stat().st_size for name in LOGS}
         if any(sizes[name] < saved["sizes"][name] for name in LOGS):
             raise ValueError("metrics.jsonl or samples.jsonl is shorter than it was")
@@ -92,7 +93,7 @@ def read(folder, model):
     here = adapters(model)
     shapes = ({name: [tuple(p.shape) for p in found] for name, found in part.items()}
               for part in (here, saved["adapters"]))
-    if next(shapes) != next(shapes) or saved["layers"] != layers(model):
+    if next(shapes) != next(shapes) or where != layers(model):
         raise ValueError(f"cannot go on from {folder / FILE}: it was saved with another model, "
                          "--adapter or --reward")
     with torch.no_grad():

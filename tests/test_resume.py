@@ -169,6 +169,7 @@ def test_other_flags_than_the_run_began_with_are_named(monkeypatch, house, capsy
     assert "--lr 0.5 (it has 0.001)" in fails("ppo", [*again, "--lr", "0.5"], capsys)
     assert "--steps 9" in fails("ppo", [*again, "--steps", "9"], capsys)
     assert "--adapter none" in fails("ppo", [*again, "--adapter", "none"], capsys)
+    assert "--device auto" in fails("ppo", [*again, "--device", "auto"], capsys)
     assert "--plot" in fails("ppo", [*again, "--plot"], capsys)
     assert "ppo.py" in fails("grpo", again, capsys)
     assert "--grad-checkpoint True (it has False)" in fails("ppo", [*again, "--grad-checkpoint"], capsys)
